@@ -1,0 +1,34 @@
+# Two commands matter: `make demo` and `make test`. Both make .venv and install on their first run only.
+VENV  ?= .venv
+PY    := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+BIN   := PATH="$(abspath $(VENV))/bin:$$PATH"
+export MPLBACKEND ?= agg
+
+.PHONY: demo test lab docs prepare results clean help
+help:            ## show this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*##/ -/'
+
+$(STAMP): settings.ini setup.py pyproject.toml
+	@bash scripts/install.sh $(VENV)
+	@touch $@
+
+demo: $(STAMP)   ## pretrain on real photographs (about 4 minutes on 2 cores), then show what was learnt
+	@$(BIN) ssl_patch demo --overwrite
+
+test: $(STAMP)   ## every check: exported modules, clean notebooks, lint, notebooks, pytest
+	@$(BIN) bash scripts/test.sh
+
+lab: $(STAMP)    ## open the notebooks in JupyterLab
+	@MPLBACKEND= $(VENV)/bin/jupyter lab nbs
+
+prepare: $(STAMP) ## after editing notebooks: clean them, export the package, write README.md
+	@$(BIN) nbdev_clean
+	@$(BIN) nbdev_export
+	@$(PY) scripts/readme.py
+
+docs:            ## render the notebooks as a site (not built yet)
+	@echo "The rendered site is still to come; the notebooks in nbs/ are the documentation." && exit 1
+
+clean:           ## remove the virtual environment
+	rm -rf $(VENV)

@@ -1,0 +1,26 @@
+"Small data and methods that several test files share."
+import pytest, torch
+from ssl_patch.data import images
+from ssl_patch.encoders import vit
+from ssl_patch.methods import APS, MoCoV3
+from ssl_patch.training import Pretrainer
+
+METHODS = dict(aps=APS, moco_v3=MoCoV3)
+
+@pytest.fixture(scope='session')
+def noise():
+    "256 labelled training and 64 test images of noise, 16 pixels: enough where only the machinery is tested."
+    g = torch.Generator().manual_seed(0)
+    x = lambda n: torch.randint(0, 256, (n, 3, 16, 16), generator=g, dtype=torch.uint8)
+    y = lambda n: torch.arange(n) % 4
+    return images((x(256), y(256)), test=(x(64), y(64)))
+
+@pytest.fixture
+def pretrainer(noise):
+    "A function that makes a very small `Pretrainer`, seeded weights included."
+    def make(method='aps', weights=0, drop_path=0., **kwargs):
+        torch.manual_seed(weights)
+        encoder = vit(size=16, patch=4, width=32, depth=2, heads=2, drop_path=drop_path)
+        m = METHODS[method](encoder, hidden=32, out=16)
+        return Pretrainer(m, noise, **(dict(epochs=4, batch_size=64, progress='quiet', knn_every=0) | kwargs))
+    return make

@@ -1,0 +1,119 @@
+"The command line as a user meets it: good runs, and one clear line for everything that can go wrong."
+import json, os
+import pytest, torch
+from PIL import Image
+from ssl_patch.cli import main
+
+SMALL = '--encoder vit_tiny --size 16 --patch 4 --width 32 --depth 1 --heads 2 --epochs 2 --batch-size 8 --options hidden=32 out=16 --progress lines'.split()
+
+@pytest.fixture
+def folder(tmp_path):
+    "Forty small PNGs, in two class folders."
+    g = torch.Generator().manual_seed(0)
+    for c in ('cats', 'dogs'):
+        (tmp_path/'pics'/c).mkdir(parents=True)
+        for i in range(20):
+            x = torch.randint(0, 256, (24, 30, 3), generator=g, dtype=torch.uint8).numpy()
+            Image.fromarray(x).save(tmp_path/'pics'/c/f'{i}.png')
+    return tmp_path
+
+def run(*words):
+    "Exit status of a command; 0 where it returns."
+    try: main([str(w) for w in words]); return 0
+    except SystemExit as e: return e.code or 0
+
+def pretrain(folder, *more, data='pics', out='run'):
+    return run('pretrain', '--data', folder/data, '--out', folder/out, *SMALL, *more)
+
+def test_pretrain_info_show_resume(folder, capsys):
+    assert pretrain(folder) == 0
+    assert run('info', folder/'run') == 0
+    assert 'epoch 2 of 2' in capsys.readouterr().out
+    assert run('show', folder/'run', '--images', 1) == 0 and (folder/'run'/'neighbours.png').exists()
+    assert run('pretrain', '--out', folder/'run', '--resume') == 0 # nothing left to do
+
+def test_resume_goes_on_with_the_settings_it_began_with(folder, capsys):
+    from ssl_patch.cli import Pretrain
+    from ssl_patch.training import Pretrainer
+    keep = Pretrainer.fit
+    try:
+        Pretrainer.fit = lambda self: keep(self, 1)
+        assert pretrain(folder) == 0
+    finally: Pretrainer.fit = keep
+    assert run('pretrain', '--out', folder/'run', '--resume', '--progress', 'lines') == 0
+    rows = (folder/'run'/'metrics.csv').read_text().splitlines()
+    assert [r.split(',')[0] for r in rows] == ['epoch', '1', '2']
+    assert pretrain(folder, out='whole') == 0
+    strip = lambda t: [[c for h, c in zip(t[0].split(','), r.split(',')) if h not in ('seconds', 'images_per_s')] for r in t]
+    assert strip(rows) == strip((folder/'whole'/'metrics.csv').read_text().splitlines())
+
+def test_probe_records_are_kept(tmp_path, capsys):
+    words = '--encoder vit_tiny --patch 8 --width 32 --depth 1 --heads 2 --epochs 1 --options hidden=32 out=16 --progress quiet'.split()
+    assert run('pretrain', '--out', tmp_path/'r', *words) == 0
+    assert run('probe', tmp_path/'r') == 0
+    text = capsys.readouterr().out
+    assert 'raw pixels' in text and 'random encoder' in text and 'which of 16 photographs' in text
+    records = [json.loads(l) for l in open(tmp_path/'r'/'records.jsonl')]
+    assert len(records) == 2 and all(0 < r['value'] < 1 for r in records)
+    assert run('show', tmp_path/'r', '--images', 1) == 0
+    assert {'views_0.png', 'patches_0.png', 'neighbours.png'} <= set(os.listdir(tmp_path/'r'))
+
+def test_one_corrupt_image_is_named_and_the_run_goes_on(folder, capsys):
+    path = folder/'pics'/'cats'/'3.png'; path.write_bytes(path.read_bytes()[:200])
+    (folder/'pics'/'dogs'/'note.png').write_text('not a picture')
+    with pytest.warns(UserWarning) as seen: assert pretrain(folder) == 0
+    text = ' '.join(str(w.message) for w in seen)
+    assert '3.png' in text and 'note.png' in text
+
+def wrong(folder, capsys, status, word, *words):
+    assert run(*words) == status
+    err = capsys.readouterr().err
+    assert word in err and 'Traceback' not in err, err
+    assert not (folder/'run'/'checkpoint.pt').exists()
+
+@pytest.mark.parametrize('more, word', [
+    (('--data', 'nowhere/at/all'), 'nowhere'), (('--data', 'cifar11'), 'cifar10'), (('--options', 'ratio=0'), 'ratio'), (('--options', 'ratio=1.5'), 'ratio'),
+    (('--options', 'gamma=3'), 'gamma'), (('--options', 'power'), 'name=value'), (('--method', 'simclr'), "['aps', 'moco_v3']"), (('--patch', '5'), 'multiple of the patch'),
+    (('--batch-size', '4000'), '4000'), (('--batch-size', '1'), 'batch_size'), (('--encoder', 'vit_huge'), 'huge'), (('--encoder', 'resnet18'), 'width'),
+    (('--lr', '-1'), 'lr'), (('--training', 'optimizer=adam'), 'adam'), (('--training', 'momentun=3'), 'momentun'), (('--width', '33'), 'heads'),
+    (('--device', 'cuda:99'), 'cuda')])
+def test_wrong_arguments(folder, capsys, more, word):
+    wrong(folder, capsys, 2, word, 'pretrain', '--data', folder/'pics', '--out', folder/'run', *SMALL, *more)
+
+def test_empty_folder_and_folder_without_pictures(folder, capsys):
+    (folder/'empty').mkdir(); (folder/'texts').mkdir(); (folder/'texts'/'a.png').write_text('no'); (folder/'texts'/'b.txt').write_text('no')
+    for data in ('empty', 'texts'):
+        assert pretrain(folder, data=data) == 2
+        assert data in capsys.readouterr().err and not (folder/'run').exists()
+
+def test_run_folder_that_exists(folder, capsys):
+    assert pretrain(folder) == 0
+    assert pretrain(folder) == 2
+    assert 'already holds a run' in capsys.readouterr().err
+
+def test_checkpoint_of_another_method(folder, capsys):
+    assert pretrain(folder) == 0
+    assert pretrain(folder, '--method', 'moco_v3', out='other') == 0
+    (folder/'run'/'checkpoint.pt').write_bytes((folder/'other'/'checkpoint.pt').read_bytes())
+    assert run('pretrain', '--out', folder/'run', '--resume') == 2
+    assert 'belongs to another run' in capsys.readouterr().err
+
+def test_folder_that_cannot_be_written(folder, capsys):
+    (folder/'file').write_text('')
+    assert pretrain(folder, out='file/run') == 2
+    assert 'cannot write' in capsys.readouterr().err
+
+@pytest.mark.parametrize('words, word', [(('info', 'nowhere'), 'not a run folder'), (('probe', 'nowhere'), 'no encoder file'), (('show', 'nowhere'), 'not a run folder'),
+                                         (('probe',), 'give a run folder'), (('probe', '--encoder', 'x'), '--data')])
+def test_folders_that_are_not_runs(tmp_path, capsys, monkeypatch, words, word):
+    monkeypatch.chdir(tmp_path)
+    assert run(*words) == 2 and word in capsys.readouterr().err
+
+def test_unknown_option_is_refused(capsys):
+    assert run('pretrain', '--out', 'x', '--epoch', '3') != 0
+
+def test_help(capsys):
+    assert run('--help') == 0
+    text = capsys.readouterr().out
+    assert all(c in text for c in ('pretrain', 'probe', 'show', 'info', 'demo'))
+    assert run('pretrain', '--help') == 0 and 'side of the views, pixels' in capsys.readouterr().out

@@ -1,0 +1,394 @@
+"Probes against plain references and scikit-learn, and what they must leave untouched."
+import json
+import math
+import matplotlib
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from ssl_patch.data import ImageData, TensorImages
+from ssl_patch.encoders import vit
+from ssl_patch.probes import (Record, accuracy, alignment, effective_rank, evaluate, extract, feature_std, fit_linear, frozen, knn,
+                              knn_predict, linear, load_records, neighbours, raw_pixels, standardise, table, topk_similar, uniformity, vote)
+matplotlib.use('Agg')
+
+def rand(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+def make_images(n, classes=3, seed=0, size=8, noise=25, labels=True):
+    "Colour says the class; noise makes it less than trivial."
+    g = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % classes
+    colour = torch.tensor([[200., 60, 60], [60, 200, 60], [60, 60, 200], [180, 180, 40]])[:classes]
+    x = colour[y][:, :, None, None] + noise * torch.randn(n, 3, size, size, generator=g)
+    return TensorImages(x.clamp(0, 255).byte(), y if labels else None, [f'c{i}' for i in range(classes)] if labels else None)
+
+def make_data(n=60, m=30, **kw):
+    return ImageData(make_images(n, seed=1, **kw), make_images(m, seed=2, **kw), 'colours', 'the label is a colour')
+
+class Net(nn.Module):
+    "A convolution with batch-norm and dropout: wrong in train mode."
+    def __init__(self, seed=0, size=8):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(.5),
+                                     nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.size, self.dim, self.calls = size, 6, 0
+    def fresh(self, seed): return Net(seed, self.size)
+    def forward(self, x): self.calls += 1; return self.net(x)
+
+# ---------------------------------------------------------------- kNN
+def brute(queries, bank, labels, k, T, classes):
+    out = []
+    for q in queries.double():
+        sims = []
+        for b in bank.double(): sims.append(float(q @ b / q.norm() / b.norm()))
+        best = sorted(range(len(sims)), key=lambda i: -sims[i])[:k]
+        votes = [sum(math.exp(sims[i] / T) for i in best if labels[i] == c) for c in range(classes)]
+        out.append(votes.index(max(votes)))
+    return torch.tensor(out)
+
+@pytest.mark.parametrize('k,T', [(1, .07), (7, .07), (20, .1), (90, 1.), (20, 10.)])
+def test_knn_equals_a_double_loop(k, T):
+    q, b, y = rand(40, 6), rand(90, 6, seed=1) * 3, torch.arange(90) % 4
+    expected = brute(q, b, y, k, T, 4)
+    assert len(expected.unique()) > 1
+    assert torch.equal(knn_predict(q, b, y, k, T), expected)
+
+@pytest.mark.parametrize('k,T', [(5, .07), (50, .2)])
+def test_knn_equals_sklearn(k, T):
+    from sklearn.neighbors import KNeighborsClassifier
+    q, b, y = rand(200, 16), rand(500, 16, seed=1), torch.randint(7, (500,), generator=torch.Generator().manual_seed(2))
+    def weights(distance): return np.exp((1 - distance) / T)
+    sk = KNeighborsClassifier(k, weights=weights, metric='cosine', algorithm='brute').fit(b.double(), y)
+    assert (knn_predict(q, b, y, k, T) == torch.from_numpy(sk.predict(q.double()))).float().mean() >= .995
+
+@pytest.mark.parametrize('chunk,bank_chunk', [(1, 1), (3, 2), (7, 64), (1000, 10), (40, 90)])
+def test_chunks_do_not_change_the_answer(chunk, bank_chunk):
+    q, b, y = rand(40, 6), rand(90, 6, seed=1), torch.arange(90) % 4
+    s, i = (F.normalize(q, dim=1) @ F.normalize(b, dim=1).T).sort(1, descending=True)
+    sims, inds = topk_similar(q, b, 20, chunk, bank_chunk)
+    assert torch.equal(inds, i[:, :20]) and torch.allclose(sims, s[:, :20], atol=1e-6)
+    assert torch.equal(knn_predict(q, b, y, 20, chunk=chunk, bank_chunk=bank_chunk), knn_predict(q, b, y, 20))
+
+@pytest.mark.parametrize('T,scores', [(.07, (383518.39, 97189.25)), (.1, (8103.08, 3384.39))])
+def test_worked_numbers(T, scores):
+    cos = torch.tensor([.9, .8, .6])
+    bank = torch.stack([cos, (1 - cos**2).sqrt()], 1) * torch.tensor([[3.], [.1], [7.]])
+    s, i = topk_similar(torch.tensor([[1., 0]]), bank, 3)
+    assert i.tolist() == [[0, 1, 2]] and torch.allclose(s[0], cos)
+    share = vote(s, torch.tensor([0, 1, 1])[i], 2, T)[0]
+    assert torch.allclose(share, torch.tensor(scores) / sum(scores), atol=1e-5)
+    assert knn_predict(torch.tensor([[1., 0]]), bank, torch.tensor([0, 1, 1]), 3, T).item() == 0
+    assert knn_predict(torch.tensor([[1., 0]]), bank, torch.tensor([0, 1, 1]), 3, 10.).item() == 1
+
+def test_tiny_temperature_does_not_overflow():
+    q, b, y = rand(50, 5), rand(80, 5, seed=1), torch.arange(80) % 5
+    assert torch.equal(knn_predict(q, b, y, 20, T=1e-6), knn_predict(q, b, y, 1))     # only the nearest counts
+    assert vote(torch.tensor([[1., .5]]), torch.tensor([[0, 1]]), 2, 1e-6).isfinite().all()
+
+@pytest.mark.parametrize('change,word', [(dict(k=11), 'bank'), (dict(k=0), 'k=0'), (dict(k=2.5), 'k=2.5'), (dict(T=0), 'T=0'), (dict(T=-1.), 'T=-1'),
+    (dict(T=float('nan')), 'T=nan'), (dict(bank_labels=torch.zeros(9).long()), 'bank_labels'), (dict(n_classes=2), 'n_classes'), (dict(chunk=0), 'chunk'),
+    (dict(bank_labels=torch.arange(10) - 1), 'bank_labels'), (dict(queries=torch.ones(4, 7)), 'queries')])
+def test_bad_knn_arguments(change, word):
+    good = dict(queries=rand(4, 5), bank=rand(10, 5), bank_labels=torch.arange(10) % 3, k=3)
+    knn_predict(**good)
+    with pytest.raises(ValueError, match=word): knn_predict(**{**good, **change})
+
+# ---------------------------------------------------------------- linear
+def clouds(n, d=20, classes=5, seed=0, spread=.07):
+    y = torch.arange(n) % classes
+    return rand(classes, d, seed=9)[y] * spread + rand(n, d, seed=seed) @ torch.diag(torch.logspace(-1, .7, d)), y
+
+@pytest.mark.parametrize('wd', [.003, .03])
+def test_linear_with_weight_decay_finds_sklearns_minimum(wd):
+    from sklearn.linear_model import LogisticRegression
+    (x, y), (u, v) = clouds(1024), clouds(1000, seed=1)
+    x, u = standardise(x, u)
+    sk = LogisticRegression(C=1 / (len(x) * wd), tol=1e-8, max_iter=2000).fit(x, y)
+    head = fit_linear(x, y, 5, weight_decay=wd)
+    assert abs(accuracy(head(u).argmax(1), v) - sk.score(u, v)) < .01
+    W = torch.from_numpy(sk.coef_).float()
+    assert (head.weight - head.weight.mean(0) - W + W.mean(0)).norm() < .03 * W.norm()
+
+def test_linear_is_plain_sgd_with_momentum_and_a_cosine():
+    x, y = clouds(50)
+    g = torch.Generator().manual_seed(3)
+    W, b = torch.randn(5, 20, generator=g) * .01, torch.zeros(5)
+    vW, vb, step = torch.zeros(5, 20), torch.zeros(5), 0
+    for _ in range(4):
+        order = torch.randperm(50, generator=g)
+        for i in (order[:20], order[20:40], order[40:]):
+            wrong = ((x[i] @ W.T + b).softmax(1) - F.one_hot(y[i], 5)) / len(i)
+            vW, vb = .9 * vW + wrong.T @ x[i] + .1 * W, .9 * vb + wrong.sum(0)       # no decay on the bias
+            lr = .3 * (1 + math.cos(math.pi * step / 12)) / 2
+            W, b, step = W - lr * vW, b - lr * vb, step + 1
+    head = fit_linear(x, y, 5, epochs=4, lr=.3, batch_size=20, weight_decay=.1, seed=3)
+    assert torch.allclose(head.weight, W, atol=1e-5) and torch.allclose(head.bias, b, atol=1e-5) and b.abs().max() > .01
+
+def test_unpenalised_linear_is_as_good_as_sklearn():
+    from sklearn.linear_model import LogisticRegression
+    (x, y), (u, v) = clouds(2000), clouds(2000, seed=1)
+    x, u = standardise(x, u)
+    sk = LogisticRegression(C=1e6, tol=1e-6, max_iter=3000).fit(x, y)
+    head = fit_linear(x, y, 5)
+    assert .4 < sk.score(u, v) < .98
+    assert abs(accuracy(head(u).argmax(1), v) - sk.score(u, v)) < .015
+    assert abs(accuracy(head(x).argmax(1), y) - sk.score(x, y)) < .015
+
+@pytest.mark.parametrize('scale', [1e-3, 1., 1e3])
+def test_the_learning_rate_does_not_depend_on_the_scale_of_features(scale):
+    (x, y), (u, v) = clouds(500), clouds(500, seed=1)
+    def acc(s): a, b = standardise(x * s + s, u * s + s); return accuracy(fit_linear(a, y, 5)(b).argmax(1), v)
+    assert abs(acc(scale) - acc(1.)) <= .004
+
+def test_steepest_possible_features_do_not_diverge():
+    y = torch.arange(1000) % 2
+    x, = standardise((rand(1000) + y - .5)[:, None] * rand(1, 50, seed=1))
+    head = fit_linear(x, y, 2)                                     # rank one: all of the variance in one direction
+    assert F.cross_entropy(head(x), y) < .65 and accuracy(head(x).argmax(1), y) > .65
+
+def test_linear_is_a_function_of_its_seed_and_leaves_the_global_state_alone():
+    x, y = clouds(300)
+    x, = standardise(x)
+    torch.manual_seed(5); expected = torch.rand(3); torch.manual_seed(5)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    a, b, c = (fit_linear(x, y, 5, epochs=3, seed=s).weight for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(torch.rand(3), expected) and torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
+def test_standardise():
+    x, u = torch.cat([rand(100, 4) * torch.tensor([1., 5, 1e-4, 1e4]) + 3, torch.full((100, 1), .1)], 1), rand(7, 5)
+    a, b = standardise(x, u)
+    assert torch.allclose(a.mean(0), torch.zeros(5), atol=1e-3) and (a[:, 4] == 0).all() and (b[:, 4] == 0).all()
+    assert torch.allclose(a[:, :4].square().mean(0) * 5, torch.ones(4), atol=1e-3)
+    assert torch.allclose(b[:, 0] * 5**.5, (u[:, 0] - x[:, 0].mean()) / x[:, 0].std(correction=0), atol=1e-4)
+
+@pytest.mark.parametrize('change', [dict(epochs=0), dict(lr=0.), dict(lr=float('inf')), dict(batch_size=0), dict(weight_decay=-1.), dict(epochs=1.5)])
+def test_bad_linear_arguments(change):
+    net = Net()
+    with pytest.raises(ValueError, match=next(iter(change))): linear(net, make_data(), **change)
+    assert net.calls == 0
+
+# ---------------------------------------------------------------- extraction
+def test_encoder_is_left_as_it_was():
+    net = Net().train()
+    net.net[1].eval(); net.net[0].weight.requires_grad_(False)
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    knn(net, make_data(), k=5); linear(net, make_data(), epochs=2)
+    assert [m.training for m in net.net] == [True, False, True, True, True, True] and net.training
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+    assert not net.net[0].weight.requires_grad and net.net[0].bias.requires_grad and all(p.grad is None for p in net.parameters())
+
+def test_modes_come_back_after_an_error():
+    net = Net().train()
+    with pytest.raises(RuntimeError, match='stop'):
+        with frozen(net): raise RuntimeError('stop')
+    assert all(m.training for m in net.modules()) and torch.is_grad_enabled()
+
+@pytest.mark.parametrize('batch_size', [1, 7, 1000])
+def test_features_do_not_depend_on_batches(batch_size):
+    net, store = Net().train(), make_images(20)
+    z, y = extract(net, store, batch_size)
+    assert torch.equal(y, store.labels) and z.dtype == torch.float32
+    net.eval()
+    one_by_one = torch.cat([net(store[i][None].float() / 255) for i in range(20)])
+    assert torch.allclose(z, one_by_one.detach(), atol=1e-6) and not z.requires_grad
+
+def test_images_are_fitted_to_the_encoder_and_layers_picked():
+    store, enc = make_images(6, size=20, labels=False), vit('tiny', 16, 8, width=16, depth=1, heads=2)
+    z, y = extract(enc, store)
+    p, _ = extract(enc, store, layer='patch_mean')
+    out = enc.eval()(torch.cat([x for x, _ in store.batches(16, 6)]))
+    assert y is None and torch.allclose(z, out.image, atol=1e-5)
+    assert torch.allclose(p, out.patches.mean(1), atol=1e-5) and not torch.allclose(z, p, atol=1e-2)
+    half = extract(enc, store, amp=True)[0]
+    assert half.dtype == torch.float32 and 0 < (half - z).abs().max() < .2
+
+def test_raw_pixels():
+    x = torch.rand(2, 3, 64, 64)
+    mean, std = torch.tensor([.5, .4, .3]), torch.tensor([.2, .3, .4])
+    plain = ((x - mean.view(3, 1, 1)) / std.view(3, 1, 1)).view(2, 3, 32, 2, 32, 2).mean((3, 5)).flatten(1)
+    assert torch.allclose(raw_pixels(64, mean, std)(x), plain, atol=1e-5)
+    assert torch.equal(raw_pixels(8)(x[..., :8, :8]), x[..., :8, :8].flatten(1))
+
+class Broken(Net):
+    def forward(self, x): return super().forward(x) / torch.tensor([1.]*5 + [0.]) * 0
+
+@pytest.mark.parametrize('call,word', [
+    (lambda: extract(Broken(), make_images(4)), 'not finite'), (lambda: extract(Net(), make_images(4), layer='cls'), 'layer'),
+    (lambda: extract(Net(), make_images(4), layer='patch_mean'), 'plain tensor'), (lambda: extract(Net(), make_images(4), batch_size=0), 'batch_size'),
+    (lambda: extract(nn.Flatten(), make_images(4)), 'size'), (lambda: extract(lambda x: x, make_images(4)), 'nn.Module'),
+    (lambda: extract(nn.Conv2d(3, 4, 3), make_images(4), size=8), r'\(B,D\)')])
+def test_bad_extraction(call, word):
+    with pytest.raises(ValueError, match=word): call()
+
+# ---------------------------------------------------------------- records
+def test_knn_record_holds_the_same_protocol_on_its_baselines():
+    data, net = make_data(noise=250), Net(4)
+    r = knn(net, data, k=7, T=.2, name='online', seed=3)
+    def direct(enc):
+        (x, y), (u, v) = extract(enc, data.train), extract(enc, data.test)
+        return float((brute(u, x, y, 7, .2, 3) == v).float().mean())
+    all_four = direct(net), direct(Net(3)), direct(Net(0)), direct(raw_pixels(8, data.mean, data.std))
+    assert len(set(all_four)) == 4                                 # so that a mix-up would show
+    assert r.value == pytest.approx(direct(net)) and r.baselines['random encoder'] == pytest.approx(direct(Net(3)))
+    assert r.baselines['raw pixels'] == pytest.approx(direct(raw_pixels(8, data.mean, data.std)))
+    assert (r.protocol, r.encoder, r.layer, r.seed, r.data, r.note) == ('kNN', 'online', 'image', 3, 'colours', 'the label is a colour')
+    assert (r.n_train, r.n_test, r.n_classes, r.settings['k'], r.settings['T']) == (60, 30, 3, 7, .2) and r.chance == pytest.approx(1/3)
+
+def test_measured_twice_gives_the_same_record():
+    assert knn(Net(), make_data(), k=5) == knn(Net(), make_data(), k=5)
+    assert linear(Net(), make_data(), epochs=3) == linear(Net(), make_data(), epochs=3)
+
+def test_linear_record_is_the_last_epoch_of_the_plain_fit():
+    data, net = make_data(noise=120), Net(4)
+    (x, y), (u, v) = extract(net, data.train), extract(net, data.test)
+    x, u = standardise(x, u)
+    assert linear(net, data, epochs=4, seed=2, baselines=False).value == accuracy(fit_linear(x, y, 3, epochs=4, seed=2)(u).argmax(1), v)
+
+def test_baselines_are_remembered_until_something_changes():
+    data, made = make_data(noise=90), []
+    class Counting(Net):
+        def fresh(self, seed): made.append(Net(seed, self.size)); return made[-1]
+    net = Counting()
+    a, b = knn(net, data, k=5), knn(net, data, k=5)
+    assert [m.calls for m in made] == [2, 0] and a == b
+    knn(net, data, k=6); knn(net, data, k=5, seed=1)
+    assert [m.calls for m in made] == [2, 0, 2, 2]
+    data.train.labels = data.train.labels.flip(0)
+    knn(net, data, k=5)
+    assert made[-1].calls == 2
+    assert knn(net, data, k=5, baselines=False).baselines == {} and len(made) == 5
+
+def test_other_channel_statistics_are_another_baseline():
+    data, enc = make_data(noise=120, size=16), vit('tiny', 16, 8, width=16, depth=1, heads=2)
+    a = knn(enc, data, k=5).baselines
+    enc.set_stats(torch.full((3,), 3.), torch.tensor([.01, 1., 9.]))
+    assert knn(enc, data, k=5).baselines['random encoder'] == knn(enc.fresh(0), data, k=5, baselines=False).value != a['random encoder']
+
+def test_patch_layer_is_probed_and_raw_pixels_stay_pixels():
+    data, enc = make_data(noise=200, size=16), vit('tiny', 16, 8, width=16, depth=1, heads=2).fresh(1)
+    r = knn(enc, data, k=5, layer='patch_mean')
+    (x, y), (u, v) = extract(enc, data.train, layer='patch_mean'), extract(enc, data.test, layer='patch_mean')
+    assert r.value == accuracy(knn_predict(u, x, y, 5), v) != knn(enc, data, k=5).value
+    assert r.layer == 'patch_mean' and r.baselines['raw pixels'] == knn(enc, data, k=5).baselines['raw pixels']
+
+def test_a_module_that_cannot_be_made_anew_has_raw_pixels_only():
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert list(knn(net, make_data(), k=5, size=8).baselines) == ['raw pixels']
+
+def test_chance_is_the_majority_of_the_test_set_and_unlabelled_images_are_left_out():
+    data = make_data()
+    data.test.labels[:] = torch.tensor([0]*18 + [1]*6 + [-1]*6)
+    data.train.labels[:10] = -1
+    r = knn(Net(), data, k=5)
+    assert r.chance == pytest.approx(.75) and (r.n_train, r.n_test) == (50, 24)
+
+def test_a_class_only_in_test_counts_as_wrong():
+    data = make_data(noise=5)
+    data.test.labels[:] = torch.where(data.test.labels == 2, 3, data.test.labels)
+    assert knn(Net(), data, k=5, baselines=False).value == pytest.approx(2/3) == linear(Net(), data, baselines=False).value
+
+def no_test(d): d.test = None
+def no_labels(d): d.train.labels = None
+def no_test_labels(d): d.test.labels[:] = -1
+def one_class(d): d.train.labels[:] = 1
+@pytest.mark.parametrize('spoil,args,word', [(no_test, {}, 'no test split'), (no_labels, {}, 'no labels'), (no_test_labels, {}, 'no labels'),
+    (one_class, {}, 'one class'), (None, dict(k=61), 'k=61'), (None, dict(T=0.), 'T=0'), (None, dict(layer='last'), 'layer'), (None, dict(k=0), 'k=0')])
+def test_errors_come_before_work(spoil, args, word):
+    net, data = Net(), make_data()
+    if spoil: spoil(data)
+    with pytest.raises(ValueError, match=word): knn(net, data, **args)
+    if spoil:
+        with pytest.raises(ValueError, match=word): linear(net, data)
+    assert net.calls == 0
+
+def test_own_protocol():
+    seen = {}
+    def score(x, y, u, v, classes): seen.update(x=x.shape, u=u.shape, c=classes); return .5
+    r = evaluate(score, Net(), make_data(), 'half', dict(a=1))
+    assert seen['c'] == 3 and r.value == .5 and r.settings['a'] == 1 and set(r.baselines) == {'raw pixels', 'random encoder'}
+
+def record(**kw):
+    return Record(**{**dict(protocol='kNN', value=.5, encoder='online', data='d', chance=.1, architecture='vit', settings=dict(k=20, T=.07),
+                            baselines={'raw pixels': .2, 'random encoder': .3}), **kw})
+
+def test_record_round_trip(tmp_path):
+    r = record(value=1/3, note='größer', seed=4)
+    assert Record.from_dict(json.loads(json.dumps(r.to_dict()))) == r
+    r.save(tmp_path / 'new' / 'run'); record().save(tmp_path / 'new' / 'run')
+    assert load_records(tmp_path / 'new' / 'run') == [r, record()]
+    assert len((tmp_path / 'new' / 'run' / 'records.jsonl').read_text(encoding='utf-8').splitlines()) == 2
+
+def test_record_text_holds_all_that_must_stand_beside_a_number():
+    for text in (repr(record(note='odd labels', seed=3)), record(note='odd labels', seed=3)._repr_markdown_()):
+        assert all(w in text for w in ('kNN', '0.500', 'chance 0.100', 'raw pixels 0.200', 'random encoder 0.300', 'k=20', 'T=0.07', 'seed 3', 'odd labels'))
+
+@pytest.mark.parametrize('call,word', [(lambda p: record(value=50.), 'value'), (lambda p: record(value=float('nan')), 'value'),
+    (lambda p: record(baselines={'raw pixels': -1}), 'raw pixels'), (lambda p: Record.from_dict({**record().to_dict(), 'best': 1}), 'best'),
+    (lambda p: Record.from_dict({'value': .5}), 'protocol'), (lambda p: load_records(p), 'records.jsonl'), (lambda p: table([]), 'none given')])
+def test_bad_records(call, word, tmp_path):
+    with pytest.raises(ValueError, match=word): call(tmp_path)
+
+def cells(t): return {c[0]: c[1:] for line in t.splitlines() if line.startswith('| ') for c in [[c.strip() for c in line.strip('|').split('|')]]}
+
+def test_table_means_and_spread():
+    t = table([record(value=v, seed=s, baselines={'raw pixels': .2, 'random encoder': .3 + s/10}) for s, v in enumerate((.4, .5, .6))]
+              + [record(protocol='linear', settings=dict(lr=1.), value=.7)])
+    assert cells(t) == {'top-1': ['kNN', 'linear'], 'raw pixels': ['0.200', '0.200'], 'random encoder': ['0.400 ± 0.100', '0.300'],
+                        'online': ['0.500 ± 0.100', '0.700'], 'chance': ['0.100', '0.100']}
+    assert list(cells(t)) == ['top-1', 'raw pixels', 'random encoder', 'online', 'chance'] and 'seeds 0, 1, 2' in t
+    assert len({len(line) for line in t.splitlines() if line.startswith('|')}) == 1 and repr(t) == str(t) == t._repr_markdown_()
+
+def test_table_tells_settings_data_encoders_and_architectures_apart():
+    t = cells(table([record(), record(settings=dict(k=200, T=.07), value=.6), record(encoder='target', value=.55)]))
+    assert t['top-1'] == ['kNN k=20', 'kNN k=200'] and t['online'] == ['0.500', '0.600'] and t['target'] == ['0.550', '–']
+    assert cells(table([record(), record(data='e')]))['top-1'] == ['d kNN', 'e kNN']
+    assert {'online (vit)', 'online (resnet)', 'random encoder (resnet)'} < set(cells(table([record(), record(architecture='resnet')])))
+    assert cells(table([record(), record(layer='patch_mean')]))['top-1'] == ['kNN image features', 'kNN patch_mean features']
+
+def test_a_repeated_record_replaces_the_earlier_one():
+    assert cells(table([record(value=.1), record(value=.9)]))['online'] == ['0.900']
+
+# ---------------------------------------------------------------- pictures and diagnostics
+def frames(fig):
+    return [[(ax.get_title(), ax.spines['top'].get_edgecolor()) for ax in fig.axes[i:i + 4]] for i in range(0, len(fig.axes), 4)]
+
+def test_neighbours_are_framed_by_their_label():
+    from matplotlib.colors import to_rgba
+    data = make_data(noise=5)
+    rows = frames(neighbours(Net(), data, queries=[0, 4], k=3))
+    assert [r[0][0] for r in rows] == ['c0', 'c1'] and all(c == to_rgba('tab:blue') for r in rows for _, c in r[1:])
+    data.train.labels = (data.train.labels + 1) % 3
+    assert all(c == to_rgba('tab:orange') for r in frames(neighbours(Net(), data, queries=2, k=3)) for _, c in r[1:])
+
+def test_neighbours_without_labels_or_test_split_never_show_the_query_itself():
+    data = ImageData(make_images(12, labels=False, noise=60), None, 'plain')
+    rows = frames(neighbours(raw_pixels(8, data.mean, data.std), data, queries=[2, 7], k=3))
+    z = F.normalize(extract(raw_pixels(8, data.mean, data.std), data.train)[0], dim=1)
+    for q, row in zip((2, 7), rows):
+        best = torch.cat([(z @ z[q])[:q], (z @ z[q])[q + 1:]]).sort(descending=True).values[:3]
+        assert [t for t, _ in row[1:]] == [f'{s:.2f}' for s in best] and row[0][0] == 'query'
+
+@pytest.mark.parametrize('args', [dict(k=13), dict(k=0), dict(queries=0), dict(queries=[99]), dict(queries=[]), dict(queries=[-1])])
+def test_bad_neighbours(args):
+    with pytest.raises(ValueError): neighbours(Net(), make_data(12, 5), **args)
+
+def test_diagnostics_against_plain_formulas():
+    z = rand(30, 5) @ torch.diag(torch.tensor([5., 1, 1, .1, 0]))
+    s = torch.linalg.svdvals(z.double()); p = s / s.sum()
+    assert effective_rank(z).item() == pytest.approx(math.exp(-sum(float(a) * math.log(float(a)) for a in p if a > 1e-12)), rel=1e-4)
+    assert effective_rank(z[:3]).item() == pytest.approx(effective_rank(z[:3].T).item(), rel=1e-6) and effective_rank(z[:3]) <= 3
+    u = F.normalize(z, dim=1)
+    pairs = [math.exp(-2 * float((u[i] - u[j]).square().sum())) for i in range(30) for j in range(i)]
+    assert uniformity(z).item() == pytest.approx(math.log(sum(pairs) / len(pairs)), rel=1e-4)
+    assert alignment(z, z.flip(0)).item() == pytest.approx(float(((u - u.flip(0))**2).sum(1).mean()), rel=1e-5)
+
+def test_feature_std_tells_spread_from_collapse():
+    z = rand(20000, 64)
+    assert feature_std(z * 7).item() == pytest.approx(1/8, rel=.01)
+    assert feature_std(torch.ones(10, 4) + 1e-4 * rand(10, 4)) < 1e-3

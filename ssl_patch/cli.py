@@ -186,12 +186,12 @@ class Demo:
     "Pretrain APS with a small ViT on real photographs, probe it, draw what it learnt."
     out: str = 'runs/demo' # run folder
     seed: int = 0 # of everything
-    epochs: int = 30 # passes over the photographs
+    epochs: int = 20 # passes over the photographs
     overwrite: bool = False # replace an earlier demo in --out
     progress: str|None = None # 'terminal', 'lines' or 'quiet'; by default found out
 
     def pretrain(self):
-        return Pretrain(out=self.out, data='photos', method='aps', encoder='vit_tiny', patch=4, width=128, depth=6, heads=4,
+        return Pretrain(out=self.out, data='photos', method='aps', encoder='vit_tiny', patch=4, width=96, depth=4, heads=3,
                         epochs=self.epochs, batch_size=128, lr=2e-3, seed=self.seed, progress=self.progress)
 
     def go(self):

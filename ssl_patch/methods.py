@@ -117,7 +117,7 @@ class Method(nn.Module):
 
     def slots(self) -> dict: # slot -> short description; all strings
         "What fills the five slots, in words: for tables and run records."
-        return dict(views=' / '.join(getattr(v, 'name', 'view') for v in self.views), patches='all' if self.patches is None else repr(self.patches),
+        return dict(views=' / '.join(v.name for v in self.views), patches='all' if self.patches is None else repr(self.patches),
                     target='same network, detached' if self.target is None else self.target.label,
                     candidates='keys of the batch' if self.queue is None else f'positive + queue of {self.queue.size}',
                     objective=describe(self.objective))
@@ -127,7 +127,7 @@ def check_slots(encoder, views, patches, pairs):
     "Slots that do not fit each other or the encoder: `ValueError`, before any work. The patch sampler is tried on two boxes."
     for v in views:
         if v.size != encoder.size:
-            raise ValueError(f'a view of {v.size} pixels ({getattr(v, "name", "view")}) does not fit an encoder that takes {encoder.size}')
+            raise ValueError(f'a view of {v.size} pixels ({v.name}) does not fit an encoder that takes {encoder.size}')
     if not pairs or any(i not in range(len(views)) for p in pairs for i in p):
         raise ValueError(f'pairs {pairs} must name views 0 to {len(views)-1}')
     if patches is None: return

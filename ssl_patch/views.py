@@ -356,6 +356,7 @@ class Recipe:
     blur_kernel: int|None = None      # size of its kernel, odd; None: a tenth of `size`
     solarize_p: float = 0.            # chance of solarizing
     solarize_threshold: float = .5    # pixels above are inverted
+    name: str = 'custom'              # shown in tables and run records
     def __post_init__(self): _check_recipe(self)
     @property
     def kernel(self) -> int:
@@ -380,40 +381,40 @@ _byol = dict(_colour, jitter=(.4,.4,.2,.1))
 
 def weak(size: int = 224, **changes) -> Recipe:
     "Crop and flip: the target's view in SCE and ReSSL"
-    return Recipe(size, **changes)
+    return Recipe(size, **{'name': 'weak', **changes})
 
 def strong(size: int = 224, **changes) -> Recipe:
     "MoCo v2 (arXiv 2003.04297)"
-    return Recipe(size, **{**_colour, 'blur_p': .5, **changes})
+    return Recipe(size, **{'name': 'strong', **_colour, 'blur_p': .5, **changes})
 
 def moco_v1(size: int = 224, **changes) -> Recipe:
     "MoCo v1 (arXiv 1911.05722): hue as strong as the rest, always jittered, no blur"
-    return Recipe(size, **{'jitter': (.4,)*4, 'jitter_p': 1., 'gray_p': .2, **changes})
+    return Recipe(size, **{'name': 'moco_v1', 'jitter': (.4,)*4, 'jitter_p': 1., 'gray_p': .2, **changes})
 
 def alpha(size: int = 224, **changes) -> Recipe:
     "First view of BYOL and MoCo v3 (arXiv 2104.02057): always blurred"
-    return Recipe(size, **{**_byol, 'blur_p': 1., **changes})
+    return Recipe(size, **{'name': 'alpha', **_byol, 'blur_p': 1., **changes})
 
 def beta(size: int = 224, **changes) -> Recipe:
     "Second view of BYOL and MoCo v3 (arXiv 2104.02057): seldom blurred, sometimes solarized"
-    return Recipe(size, **{**_byol, 'blur_p': .1, 'solarize_p': .2, **changes})
+    return Recipe(size, **{'name': 'beta', **_byol, 'blur_p': .1, 'solarize_p': .2, **changes})
 
 # %% ../nbs/02_views.ipynb #9579f45f
 def gamma(size: int = 96, **changes) -> Recipe:
     "Small local views of SCE (arXiv 2111.14585)"
-    return Recipe(size, **{'scale': (.086,.429), **_byol, 'blur_p': .5, 'solarize_p': .2, **changes})
+    return Recipe(size, **{'name': 'gamma', 'scale': (.086,.429), **_byol, 'blur_p': .5, 'solarize_p': .2, **changes})
 
 def aps_cifar(size: int = 32, **changes) -> Recipe:
     "Both views of APS on CIFAR (arXiv 2306.02854, its code)"
-    return Recipe(size, **{'scale': (.15,1.), **_colour, **changes})
+    return Recipe(size, **{'name': 'aps_cifar', 'scale': (.15,1.), **_colour, **changes})
 
 def moco_demo(size: int = 32, **changes) -> Recipe:
     "Both views of MoCo's CIFAR-10 notebook"
-    return Recipe(size, **{'scale': (.08,1.), **_colour, **changes})
+    return Recipe(size, **{'name': 'moco_demo', 'scale': (.08,1.), **_colour, **changes})
 
 def no_augment(size: int = 224) -> Recipe:
     "The whole image, resized to a square and otherwise as it is"
-    return Recipe(size, scale=None, flip=0.)
+    return Recipe(size, scale=None, flip=0., name='no_augment')
 
 def multi_crop(
     size: int = 224,   # side of the two global views; the published sizes are scaled in proportion

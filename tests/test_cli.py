@@ -52,7 +52,7 @@ def test_probe_records_are_kept(tmp_path, capsys):
     assert run('pretrain', '--out', tmp_path/'r', *words) == 0
     assert run('probe', tmp_path/'r') == 0
     text = capsys.readouterr().out
-    assert 'raw pixels' in text and 'random encoder' in text and 'which of 16 photographs' in text
+    assert 'raw pixels' in text and 'random encoder' in text and 'which of 14 photographs' in text
     records = [json.loads(l) for l in open(tmp_path/'r'/'records.jsonl')]
     assert len(records) == 2 and all(0 < r['value'] < 1 for r in records)
     assert run('show', tmp_path/'r', '--images', 1) == 0

@@ -11,7 +11,6 @@ import json, math, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-import torch.nn.functional as F
 from torch import nn, Tensor
 
 # %% ../nbs/05_encoders.ipynb #52c70c50

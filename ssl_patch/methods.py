@@ -17,7 +17,7 @@ from .encoders import Encoder, ResNet, aps_heads, moco_v3_heads
 from .losses import info_nce
 from .patches import asymmetric
 from .towers import Trunk, ema
-from .views import View, Recipe, alpha, aps_cifar, beta
+from .views import View, alpha, aps_cifar, beta
 
 # %% ../nbs/07_methods.ipynb #f7926054
 @dataclass(frozen=True)

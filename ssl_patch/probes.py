@@ -481,7 +481,7 @@ def neighbours(encoder: nn.Module, # frozen while it looks
 # %% ../nbs/08_probes.ipynb #4db42f08
 def _draw_neighbours(asked, queries, train, sims, inds, k, own):
     import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(len(queries), k + 1, figsize=((k + 1) * .75, len(queries) * .9 + .3), squeeze=False)
+    fig, axs = plt.subplots(len(queries), k + 1, figsize=((k + 1) * .75, len(queries) * .9 + .3), squeeze=False, layout='constrained')
     known = lambda s, i: s.labels is not None and s.labels[i] >= 0
     for row, q, sim, ind in zip(axs, queries, sims.tolist(), inds.tolist()):
         near = [(s, i) for s, i in zip(sim, ind) if not (own and i == q)][:k]
@@ -492,7 +492,7 @@ def _draw_neighbours(asked, queries, train, sims, inds, k, own):
             _frame(ax, train, i, colour, f'{s:.2f}')
     colours = '' if asked.labels is None or train.labels is None else ' · blue: same label, orange: another'
     fig.suptitle('query, and its nearest training images with cosine similarity' + colours, fontsize=7)
-    fig.tight_layout(pad=.4); plt.close(fig)
+    plt.close(fig)
     return fig
 
 # %% ../nbs/08_probes.ipynb #e521823d

@@ -7,8 +7,8 @@ __all__ = ['lr_factor', 'LARS', 'make_optimizer', 'Meter', 'noted_signals', 'wri
            'plot_curves', 'progress_mode', 'Progress', 'subset_knn', 'native_bf16', 'settle_recipe', 'usable',
            'prepare', 'versions', 'Pretrainer']
 
-# %% ../nbs/09_training.ipynb #ce170f82
-import csv, io, json, math, os, platform, signal, subprocess, sys, threading, time, warnings
+# %% ../nbs/09_training.ipynb #2065a1db
+import csv, io, json, math, os, platform, signal, subprocess, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -135,7 +135,7 @@ def plot_curves(history:list, # one dict per epoch: epoch, loss, and knn where i
     fig, axs = plt.subplots(1, 3, figsize=(10, 2.6))
     epoch = [h['epoch'] for h in history]
     axs[0].plot(epoch, [h['loss'] for h in history]); axs[0].set(title='loss', xlabel='epoch')
-    if chance: axs[0].axhline(chance, ls=':', c='grey'); axs[0].annotate('chance', (epoch[-1], chance), (0, 2), textcoords='offset points', fontsize=8, color='grey', ha='right')
+    if chance: axs[0].axhline(chance, ls=':', c='grey'); axs[0].annotate('chance', (epoch[-1], chance), (0, -10), textcoords='offset points', fontsize=8, color='grey', ha='right')
     for k, label in (('pos', 'positive pairs'), ('neg', 'different images'), ('spread', 'spread of keys')):
         axs[1].plot(epoch, [h[k] for h in history], label=label)
     axs[1].set(title='similarity', xlabel='epoch', ylim=(-.2, 1.15)); axs[1].legend(fontsize=7, loc='lower right')

@@ -33,7 +33,6 @@ def test_pretrain_info_show_resume(folder, capsys):
     assert run('pretrain', '--out', folder/'run', '--resume') == 0 # nothing left to do
 
 def test_resume_goes_on_with_the_settings_it_began_with(folder, capsys):
-    from ssl_patch.cli import Pretrain
     from ssl_patch.training import Pretrainer
     keep = Pretrainer.fit
     try:

@@ -2,8 +2,7 @@
 from functools import partial
 import pytest, torch
 import torch.nn.functional as F
-from ssl_patch.encoders import mlp, resnet, vit
-from ssl_patch.losses import info_nce
+from ssl_patch.encoders import resnet, vit
 from ssl_patch.methods import APS, Method, MoCoV3, build_method, diagnose, unit
 from ssl_patch.patches import asymmetric
 from ssl_patch.towers import Queue, ema

@@ -1,5 +1,5 @@
 "What pip installs: a package that imports without notebook tools, and quickly."
-import os, subprocess, sys, time, zipfile
+import os, subprocess, sys, zipfile
 from pathlib import Path
 
 

@@ -2,7 +2,6 @@
 import csv, json, os, signal, subprocess, sys, textwrap, time
 import pytest, torch
 from ssl_patch import training
-from ssl_patch.training import Pretrainer
 
 def same(a, b):
     if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)

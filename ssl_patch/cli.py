@@ -176,6 +176,7 @@ class Info:
         print('  encoder    ' + ', '.join(f'{k} {v}' for k, v in c['encoder'].items() if v))
         for k, v in c['slots'].items(): print(f'  {k:10} {v}')
         print(f"  training   {t['optimizer']}, lr {c['lr']:g}, weight decay {t['weight_decay']:g}, batch {t['batch_size']}, {t['epochs']} epochs, warm-up {t['warmup']:g}")
+        print(f"  hardware   {c['hardware']}")
         print('  versions   ' + ', '.join(f'{k} {v}' for k, v in c['versions'].items() if v))
         rows = (path/'metrics.csv').read_text().splitlines() if (path/'metrics.csv').exists() else []
         if len(rows) > 1:

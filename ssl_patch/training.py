@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['lr_factor', 'LARS', 'make_optimizer', 'Meter', 'noted_signals', 'write_aside', 'as_json', 'open_run_folder',
            'plot_curves', 'progress_mode', 'Progress', 'subset_knn', 'native_bf16', 'settle_recipe', 'usable',
-           'prepare', 'versions', 'Pretrainer']
+           'prepare', 'hardware', 'versions', 'Pretrainer']
 
 # %% ../nbs/09_training.ipynb #2065a1db
 import csv, io, json, math, os, platform, signal, subprocess, sys, threading, time
@@ -338,7 +338,7 @@ class _State:
         "Everything a run depends on, for config.json."
         return dict(method=self.method.name, slots=self.method.slots(), encoder=self.encoder.spec, training=asdict(self.recipe), lr=self.lr,
                     seed=self.seed, bf16=self.bf16, device=str(self.device), data=dict(name=self.data.name, train=len(self.data.train)),
-                    views=[asdict(v) for v in self.method.views], versions=versions(), started=datetime.now(timezone.utc).isoformat(timespec='seconds'),
+                    views=[asdict(v) for v in self.method.views], versions=versions(), hardware=hardware(self.device), started=datetime.now(timezone.utc).isoformat(timespec='seconds'),
                     command=' '.join(sys.argv), **self.note)
 
     def identity(self):
@@ -375,6 +375,13 @@ class _State:
         c = self.config(); last = self.history[-1]
         return {k: c[k] for k in ('method', 'slots', 'training', 'lr', 'seed', 'data', 'versions')} | dict(
             tower='online', epochs_done=last['epoch'], loss=last['loss'], subset_knn=last['knn'], data_note=self.data.note)
+
+def hardware(device) -> str: # in words
+    "Name of the GPU, or of the processor with its cores and PyTorch's threads."
+    if str(device).startswith('cuda'): return torch.cuda.get_device_name(device)
+    info = Path('/proc/cpuinfo')
+    names = [l.split(':')[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')] if info.exists() else []
+    return f'{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads'
 
 def versions():
     "Versions of what a run depends on, and the commit where the package runs from a checkout."

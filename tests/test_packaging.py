@@ -1,5 +1,5 @@
 "What pip installs: a package that imports without notebook tools, and quickly."
-import os, subprocess, sys, zipfile
+import os, shutil, subprocess, sys, zipfile
 from pathlib import Path
 
 
@@ -31,7 +31,10 @@ def test_nothing_heavy_at_import():
 
 def test_wheel(tmp_path):
     "The wheel holds the modules and py.typed, no notebooks or tests, and its metadata keeps the extras apart."
-    r = subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', str(tmp_path), str(ROOT)], capture_output=True, text=True)
+    src = tmp_path/'src'; src.mkdir() # a copy: building leaves folders behind
+    for f in ('settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE', 'MANIFEST.in'): shutil.copy(ROOT/f, src)
+    shutil.copytree(ROOT/'ssl_patch', src/'ssl_patch', ignore=shutil.ignore_patterns('__pycache__'))
+    r = subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', str(tmp_path), str(src)], capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
     names = zipfile.ZipFile(next(tmp_path.glob('*.whl'))).namelist()
     assert {f'ssl_patch/{m}.py' for m in MODULES} | {'ssl_patch/py.typed', 'ssl_patch/__init__.py'} <= set(names)

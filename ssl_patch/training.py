@@ -142,7 +142,7 @@ def plot_curves(history:list, # one dict per epoch: epoch, loss, and knn where i
     measured = [h for h in history if h.get('knn') is not None]
     axs[2].plot([h['epoch'] for h in measured], [h['knn'] for h in measured], 'o-', ms=3); axs[2].set(title='kNN top-1, subset', xlabel='epoch')
     if title: fig.suptitle(title, fontsize=10)
-    fig.tight_layout()
+    fig.tight_layout(); plt.close(fig)
     return fig
 
 # %% ../nbs/09_training.ipynb #d001c380
@@ -161,8 +161,9 @@ class Progress:
         if self.mode not in known: raise ValueError(f'progress must be one of {known}, got {mode!r}')
 
     def start(self, done, total):
-        self.total,self.first,self.begun = total,done,time.time()
-        if self.mode in ('notebook', 'terminal'):
+        self.total,self.first,self.begun,self.bar,self.figure,self.last = total,done,time.time(),None,None,-1e9
+        if done >= total and self.mode != 'quiet': print('nothing left to train: the run is at its end')
+        elif self.mode in ('notebook', 'terminal'):
             from fastprogress.fastprogress import NBProgressBar, ConsoleProgressBar
             self.bar = (NBProgressBar if self.mode == 'notebook' else ConsoleProgressBar)(range(total-done)); self.bar.update(0)
 
@@ -172,7 +173,7 @@ class Progress:
     def epoch(self, done, row, epochs, draw):
         from fastprogress.core import format_time
         text = f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.3f}" + (f"  kNN {row['knn']:.3f}" if row.get('knn') is not None else '')
-        if self.bar: self.bar.comment = text
+        if self.bar: self.bar.comment = text; self.bar.update_bar(done - self.first)
         if time.time() - self.last < self.every and row['epoch'] < epochs: return
         self.last = time.time()
         left = (self.last-self.begun) * (self.total-done) / max(done-self.first, 1)
@@ -181,13 +182,11 @@ class Progress:
 
     def _show(self, fig):
         from IPython.display import display
-        import matplotlib.pyplot as plt
         if self.figure is None: self.figure = display(fig, display_id=True)
         else: self.figure.update(fig)
-        plt.close(fig)
 
     def close(self):
-        if self.mode == 'terminal': print(flush=True)
+        if self.bar and self.mode == 'terminal': print(flush=True)
 
 # %% ../nbs/09_training.ipynb #cba6fb14
 def subset_knn(encoder:nn.Module, # what is judged
@@ -240,6 +239,11 @@ def prepare(method, data, device, bf16):
 # %% ../nbs/09_training.ipynb #74619086
 class _Loop:
     "The part of `Pretrainer` that trains."
+    def __repr__(self):
+        last = self.history[-1] if self.history else {}
+        numbers = ', '.join(f'{n} {last[k]:.3f}' for k, n in (('loss', 'loss'), ('knn', 'kNN')) if last.get(k) is not None)
+        return f'{self.method.name} on {self.data.name}: batch {self.batches} of {self.total}' + (f', {numbers}' if numbers else '')
+
     @property
     def encoder(self): return self.method.encoder # the online encoder
     @property
@@ -322,8 +326,7 @@ class _Bookkeeping:
     def finish(self):
         self.progress.close()
         if self.out and self.history:
-            import matplotlib.pyplot as plt
-            fig = self.curves(); fig.savefig(self.out/'curves.png', dpi=100); plt.close(fig)
+            self.curves().savefig(self.out/'curves.png', dpi=100)
             save_encoder(self.encoder, self.out/'encoder.safetensors', self.card())
         return self
 

@@ -1,0 +1,12 @@
+"keep_records.py TARGET RUN...: copy what a results notebook reads (configuration, metrics, records: a few kB) out of run folders."
+import shutil, sys
+from pathlib import Path
+
+target, runs = Path(sys.argv[1]), [Path(r) for r in sys.argv[2:]]
+for run in runs:
+    missing = [f for f in ('config.json', 'metrics.csv', 'records.jsonl') if not (run/f).is_file()]
+    if missing: sys.exit(f'{run} lacks {", ".join(missing)}: is it a finished run that was probed?')
+for run in runs:
+    (target/run.name).mkdir(parents=True, exist_ok=True)
+    for f in ('config.json', 'metrics.csv', 'records.jsonl'): shutil.copy(run/f, target/run.name/f)
+    print(target/run.name)

@@ -4,12 +4,20 @@ from pathlib import Path
 
 root = Path(__file__).parent.parent
 
+def merged(outputs):
+    "Printed lines that a kernel sent in several pieces, in one."
+    out = []
+    for o in outputs:
+        if out and o.get('output_type') == out[-1].get('output_type') == 'stream': out[-1] = {**o, 'text': [*out[-1]['text'], *o['text']]}
+        else: out.append(o)
+    return out
+
 def cell_text(i, c):
     src = ''.join(c['source'])
     if c['cell_type'] == 'markdown': return re.sub(r'\]\((?!http|#|\.\./)([\w/]+\.ipynb)', r'](nbs/\1', src).replace('](../', '](')
     if src.startswith('#| hide'): return ''
     parts = ['```python\n' + re.sub(r'^#\|.*\n', '', src, flags=re.M).strip() + '\n```'] if src and '#| echo: false' not in src else []
-    for o in c.get('outputs', []):
+    for o in merged(c.get('outputs', [])):
         data = o.get('data', {})
         if 'image/png' in data:
             path = root/'nbs'/'images'/f'index_{i}.png'; path.parent.mkdir(exist_ok=True)

@@ -7,6 +7,9 @@ __all__ = []
 
 # %% ../nbs/17_all.ipynb #7e2dc72c
 from functools import partial
+import torch
+import torch.nn.functional as F
+from torch import nn
 from .data import *
 from .views import *
 from .patches import *

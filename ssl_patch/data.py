@@ -673,8 +673,8 @@ def _from_name(name, root, size, labelled, download, how):
     if not path.exists() and not path.suffix and len(path.parts) == 1 and name[:1] != '~': _choose(name, known, 'source')
     return _from_path(path, path.stem, labelled, how)
 
-# %% ../nbs/01_data.ipynb #e9896982
-def images(source='photos',            # 'photos', a known set ('cifar10', ...), a folder or packed .npz, an array, (images, labels), or a store
+# %% ../nbs/01_data.ipynb #047c6ed9
+def images(source='photos',            # 'photos', a known set ('cifar10', ...), a folder, .npz, array, pair (images, labels) or store
            test=None,                  # likewise, for data without a test part
            size: int|None=None,        # pixels: resize the short side and cut the centre; None keeps sizes (photos: 32)
            root=None,                  # data folder for sets by name; None: $SSL_PATCH_DATA, else ~/.cache/ssl_patch

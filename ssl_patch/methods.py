@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from .encoders import Encoder, ResNet, aps_heads, moco_v3_heads
-from .losses import info_nce
+from .losses import co2, info_nce, ressl, sce
 from .patches import asymmetric
 from .towers import Trunk, ema
 from .views import View, alpha, aps_cifar, beta
@@ -110,10 +110,11 @@ class Method(nn.Module):
         if self.target and self.target.when == 'after': self.target.update(self.trunk, progress)
 
     def chance(self, batch_size:int): # images per batch
-        "The loss of a network that tells nothing apart; None for objectives other than InfoNCE."
-        f = self.objective.func if isinstance(self.objective, partial) else self.objective
-        if f is not info_nce: return None
-        return self.weight*len(self.pairs)*math.log(batch_size if self.queue is None else 1+self.queue.size)
+        "The loss of a network that tells nothing apart: ln of the number of candidates. None for objectives of one's own."
+        f, settings = (self.objective.func, self.objective.keywords) if isinstance(self.objective, partial) else (self.objective, {})
+        if f not in (info_nce, co2, sce, ressl): return None
+        n = batch_size if self.queue is None else self.queue.size + (batch_size if settings.get('in_batch') else 1)
+        return self.weight*len(self.pairs)*math.log(n-1 if f is ressl else n) # ReSSL leaves the positive out
 
     def slots(self) -> dict: # slot -> short description; all strings
         "What fills the five slots, in words: for tables and run records."

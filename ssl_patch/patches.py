@@ -39,6 +39,7 @@ def _check_box(box, name, batch=None):
     return box.to(torch.promote_types(box.dtype, torch.float32))
 
 def _check_flip(flip, name, batch):
+    "`ValueError` unless flip is None or bool (B,)."
     if flip is not None and not (isinstance(flip, Tensor) and flip.dtype == torch.bool and flip.shape == (batch,)):
         got = f'{flip.dtype} {tuple(flip.shape)}' if isinstance(flip, Tensor) else repr(flip)
         raise ValueError(f'{name}={got}: needs a bool tensor ({batch},), True where the view is mirrored, or None')
@@ -83,6 +84,7 @@ def _rectangles(ax, boxes, **kw):
     ax.add_collection(PatchCollection([Rectangle((x, y), w, h) for y, x, h, w in boxes.tolist()], **kw))
 
 def _canvas(ax, x, title):
+    "An image without axes, pixel (0,0) with its corner at (0,0)."
     ax.imshow(x.numpy(), extent=(0, x.shape[1], x.shape[0], 0), interpolation='antialiased' if min(x.shape[:2]) > 100 else 'nearest')
     ax.set_axis_off()
     ax.set_title(title, fontsize=10)
@@ -127,10 +129,10 @@ def show_areas(
     grid: int | Sequence[int],  # patches per side, or (rows, cols)
     i: int = 0,  # which image of the batch
     draw: int = 0,  # which of the draws
-    title: str = 'source: {share:.0%} of blue seen twice',  # text above the picture; {share} of view 2's kept area is kept by view 1 too
+    title: str = 'source: {share:.0%} of blue seen twice',  # {share}: the fraction of view 2's kept area that view 1 keeps too
     ax=None,  # matplotlib axes; a new figure when None
 ):
-    "Draws, on the source image, both crops, the area that each view keeps and the area that both keep (mirrored views respected)."
+    "Draws, on the source image, both crops, the area that each view keeps and the area that both keep. Returns the axes."
     import matplotlib.pyplot as plt
     ax, grey = ax or plt.subplots(figsize=(4, 4))[1], _picture(source).mean(-1, keepdim=True).expand(-1, -1, 3)
     cells = [cell_boxes(v.box[i:i+1].cpu(), grid, v.flip[i:i+1].cpu())[0][keep_mask(k[i, draw].cpu(), grid)] for v, k in zip(views, keeps)]
@@ -302,9 +304,10 @@ def asymmetric_patches(
 # %% ../nbs/03_patches.ipynb #a130a98d
 @dataclass(frozen=True)
 class asymmetric:
-    "Asymmetric patch sampling as a method's slot: `(view1, view2, grid, generator) -> (keep1, keep2)`, each (B,draws,k)."
+    """Asymmetric patch sampling (APS) as a method's slot: `(view1, view2, grid, generator) -> (keep1, keep2)`, each (B,draws,k).
+    Raises `ValueError` for a wrong ratio, number of draws or power."""
     ratio: float = .25  # share of the patches that a draw keeps: s
-    draws: int = 4  # draws, so optimiser steps, per pair of views: T
+    draws: int = 4  # draws per pair of views, each of them an optimiser step: T
     power: float = 3.  # exponent gamma: 0 chooses view 2 uniformly, a large one takes the least seen
     flip_aware: bool = True  # respect mirrored views; False: the geometry of the released code
     disjoint: bool = True  # view 1's draws share no patch; False allows ratio * draws above 1

@@ -196,8 +196,8 @@ def subset_knn(encoder:nn.Module, # what is judged
                k:int=20, T:float=.07, # neighbours and temperature of the vote
               ) -> float: # top-1
     "Weighted kNN on fixed, class-balanced subsets: a thermometer during training."
-    part = data.sample(min(bank, len(data.train)), min(queries, len(data.test)), seed=0)
-    (b, bl), (q, ql) = (extract(encoder, s) for s in (part.train, part.test))
+    some = lambda store, n: store.sample(min(n, len(store)), seed=0)
+    (b, bl), (q, ql) = (extract(encoder, some(s.labelled(), n)) for s, n in ((data.train, bank), (data.test, queries)))
     return (knn_predict(q, b, bl, k=min(k, len(b)), T=T) == ql).float().mean().item()
 
 # %% ../nbs/09_training.ipynb #7d900947
@@ -425,8 +425,8 @@ class Pretrainer(_Loop, _Bookkeeping, _State):
         prepare(method, data, self.device, self.bf16)
         self.method,self.data = method,data
         self.optimizer = make_optimizer(method, self.recipe, self.lr)
-        self.knn_every = max(1, self.epochs//10) if knn_every is None else knn_every
-        if data.test is None or data.train.labels is None: self.knn_every = 0
+        self.knn_every = math.ceil(self.epochs/10) if knn_every is None else knn_every
+        if data.test is None or data.test.labels is None or data.train.labels is None: self.knn_every = 0
         self.progress,self.meter,self.history = Progress(progress),Meter(),[]
         self.batches,self.seconds,self.note = 0,0.,note or {}
         if resume: self.load()

@@ -3,6 +3,7 @@ from functools import partial
 import pytest, torch
 import torch.nn.functional as F
 from ssl_patch.encoders import resnet, vit
+from ssl_patch.losses import co2, ressl, sce
 from ssl_patch.methods import APS, Method, MoCoV3, build_method, diagnose, unit
 from ssl_patch.patches import asymmetric
 from ssl_patch.towers import Queue, ema
@@ -109,6 +110,10 @@ def test_chance(encoder):
     assert APS(encoder).chance(512) == pytest.approx(2*math.log(512))
     assert MoCoV3(encoder, tau=.5, hidden=8, out=8).chance(512) == pytest.approx(2*math.log(512))
     assert Method(encoder, (weak(16),)*2, candidates=Queue(99), pairs=((0, 1),)).chance(512) == pytest.approx(math.log(100))
+    for objective, n in ((sce, 100), (co2, 100), (partial(sce, in_batch=True), 99+512), (ressl, 99)):
+        m = Method(encoder, (weak(16),)*2, candidates=Queue(99), pairs=((0, 1),), objective=objective)
+        same = F.normalize(torch.ones(512, 4), dim=1)
+        assert m.chance(512) == pytest.approx(math.log(n)) == pytest.approx(objective(same, same, same[:99]).item(), abs=1e-4)
     assert Method(encoder, (weak(16),)*2, objective=lambda q, k, z: q.sum()).chance(512) is None
 
 @pytest.mark.parametrize('call, word', [

@@ -2,6 +2,7 @@
 import csv, json, os, signal, subprocess, sys, textwrap, time
 import pytest, torch
 from ssl_patch import training
+from ssl_patch.training import Pretrainer
 
 def same(a, b):
     if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
@@ -134,3 +135,14 @@ def test_run_folder(pretrainer, tmp_path):
     (dict(optimizer='adam'), 'adam'), (dict(schedule='day'), 'day'), (dict(momentum=3), "unknown training option 'momentum'"), (dict(progress='loud'), 'loud')])
 def test_bad_input(pretrainer, change, word):
     with pytest.raises(ValueError, match=word): pretrainer(**change)
+
+def test_images_without_a_label_do_not_vote_along_the_way(pretrainer, noise):
+    "kNN along the way asks the labelled images only; without any label, or without a test part, it is left out."
+    from ssl_patch.data import images
+    x, y = noise.train.images, noise.train.labels.clone(); y[::2] = -1
+    run = pretrainer(); enc = run.encoder
+    part = images((x, y), test=(noise.test.images, noise.test.labels))
+    alone = images((x[1::2], y[1::2]), test=(noise.test.images, noise.test.labels))
+    assert training.subset_knn(enc, part, k=5) == training.subset_knn(enc, alone, k=5)
+    for data in (images(x), images((x, noise.train.labels)), images((x, noise.train.labels), test=noise.test.images)):
+        assert Pretrainer(run.method, data, epochs=1, batch_size=64, knn_every=1, progress='quiet').knn_every == 0

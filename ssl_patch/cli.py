@@ -26,11 +26,12 @@ def encoder_from_words(name:str, # 'vit_tiny', 'vit_small', 'vit_base' or a torc
                        size:int, # image side, pixels
                        patch:int, # patch side of a ViT
                        style:str='aps', # of a ViT: 'aps' or 'moco_v3'
-                       **shape): # width, depth, heads of a ViT where they differ from the named one
+                       stem:str='auto', # of a ResNet: 'small', 'half' or 'imagenet'
+                       **shape): # width of either, depth and heads of a ViT, where they differ from the named one
     "An encoder by its name. `ValueError` for names that are not known."
     if name.startswith('vit_'): return vit(name[4:], size, patch, style, **shape)
-    if any(v for v in shape.values()): raise ValueError(f'width, depth and heads are for ViTs; {name} has its own')
-    return resnet(name, size)
+    if shape.get('depth') or shape.get('heads'): raise ValueError(f'depth and heads are for ViTs; {name} has its own')
+    return resnet(name, size, stem, shape.get('width') or 64)
 
 def parse_options(words) -> dict: # from ('power=3', 'tau=.1')
     "`name=value` words as keyword arguments; numbers, True, False and None are read as such. `ValueError` for anything else."
@@ -48,12 +49,14 @@ class Pretrain:
     "Pretrain an encoder on images; labels are not used."
     out: str # run folder, must not hold a run yet (or --resume)
     data: str = 'photos' # 'photos', 'cifar10', 'cifar100', 'stl10', a folder of images, or a packed .npz
-    method: str = 'aps' # 'aps' or 'moco_v3'
+    subset: int|None = None # train on this many images, the same for every seed, the classes in equal parts where there are labels; by default all
+    method: str = 'aps' # 'aps', 'moco_v3', 'moco_v2', 'moco_v1', 'ressl', 'co2' or 'sce'
     options: tuple[str, ...] = () # options of the method, e.g. --options power=3 draws=4 flip_aware=False
     encoder: str = 'vit_tiny' # 'vit_tiny', 'vit_small', 'vit_base', or a torchvision ResNet such as 'resnet18'
     size: int = 32 # side of the views, pixels
     patch: int = 4 # side of a ViT's patches, pixels
-    width: int|None = None # of a ViT, instead of the named one
+    stem: str = 'auto' # of a ResNet: 'small', 'half' or 'imagenet'; 'auto': small up to 64 pixels
+    width: int|None = None # of a ViT, or channels of a ResNet's first stage, instead of the named one
     depth: int|None = None # of a ViT, instead of the named one
     heads: int|None = None # of a ViT, instead of the named one
     style: str|None = None # of a ViT: 'aps' or 'moco_v3'; by default the one of the method
@@ -73,8 +76,10 @@ class Pretrain:
         if self.method not in methods: raise ValueError(f'method must be one of {list(methods)}, got {self.method!r}')
         style = self.style or ('moco_v3' if self.method == 'moco_v3' else 'aps')
         torch.manual_seed(self.seed)
-        encoder = encoder_from_words(self.encoder, self.size, self.patch, style, width=self.width, depth=self.depth, heads=self.heads)
-        return load_data(self.data, self.size), build_method(self.method, encoder, **parse_options(self.options))
+        encoder = encoder_from_words(self.encoder, self.size, self.patch, style, stem=self.stem, width=self.width, depth=self.depth, heads=self.heads)
+        data = load_data(self.data, self.size)
+        if self.subset: data = data.sample(self.subset)
+        return data, build_method(self.method, encoder, **parse_options(self.options))
 
     def go(self) -> Pretrainer:
         "Train to the end."
@@ -107,6 +112,7 @@ class Probe:
     run: Positional[str|None] = None # a run folder: its encoder, its data; records are added to it
     encoder: str|None = None # or an encoder file
     data: str|None = None # labelled data with a test split; by default the run's
+    subset: int|None = None # use this many of the training images; by default those that the run was trained on
     k: int = 20 # neighbours of kNN
     T: float = .07 # temperature of kNN's vote
     seed: int = 0 # of the linear probe and the random network
@@ -117,6 +123,8 @@ class Probe:
         if self.data is None and self.run is None: raise ValueError('--encoder needs --data')
         enc = load_encoder(self.encoder or Path(self.run)/'encoder.safetensors')
         data = load_data(self.data or saved(self.run).data, enc.size)
+        subset = self.subset if self.subset or self.data or not self.run else saved(self.run).subset
+        if subset: data = data.sample(subset)
         name = f"{enc.card.get('method', 'encoder')}, {enc.card.get('tower', '')} encoder"
         records = [knn(enc, data, k=self.k, T=self.T, name=name, seed=self.seed), linear(enc, data, name=name, seed=self.seed)]
         for r in records:

@@ -27,7 +27,7 @@ class Encoder(nn.Module):
     drops_patches = False # whether `forward` takes `keep`
     def __init__(self, spec, size, dim):
         super().__init__()
-        self.spec,self.size,self.dim = spec,size,dim
+        self.spec,self.size,self.dim,self.sizes = spec,size,dim,{size}
         self.register_buffer('mean', torch.zeros(3)); self.register_buffer('std', torch.ones(3))
 
     def set_stats(self, mean, std):
@@ -35,9 +35,18 @@ class Encoder(nn.Module):
         self.mean.copy_(torch.as_tensor(mean)); self.std.copy_(torch.as_tensor(std))
         return self
 
+    def accept(self, *sizes): # image sides, pixels
+        "Take square images of these sides too, as multi-crop needs. `ValueError` for a size that does not fit."
+        for n in sizes: self._fits(n)
+        self.sizes |= set(sizes)
+        return self
+
+    def _fits(self, size): pass
+
     def normalise(self, x):
-        if x.ndim != 4 or tuple(x.shape[1:]) != (3, self.size, self.size):
-            raise ValueError(f'this encoder takes images (B,3,{self.size},{self.size}), got {tuple(x.shape)}')
+        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] != x.shape[3] or x.shape[3] not in self.sizes:
+            sizes = ' or '.join(f'(B,3,{n},{n})' for n in sorted(self.sizes, reverse=True))
+            raise ValueError(f'this encoder takes images {sizes}, got {tuple(x.shape)}')
         x = x.float()/255 if x.dtype == torch.uint8 else x
         return (x - self.mean[:, None, None]) / self.std[:, None, None]
 
@@ -103,15 +112,26 @@ class ViT(Encoder):
         for b in self.net.blocks: b.attn.fused_attn = not on
         return self
 
+    def _fits(self, size):
+        side = self.size//self.grid[0]
+        if size < side or size % side: raise ValueError(f'images of {size} pixels do not divide into patches of {side}')
+        self.net.patch_embed.strict_img_size = False
+
+    def positions(self, grid):
+        "The position embedding for a patch grid, resampled (timm, bicubic) where it is not the encoder's own."
+        if tuple(grid) == tuple(self.grid): return self.net.pos_embed
+        from timm.layers import resample_abs_pos_embed
+        return resample_abs_pos_embed(self.net.pos_embed, list(grid), list(self.grid), num_prefix_tokens=0)
+
     def forward(self, x:Tensor, # (B,3,size,size) uint8, or float in [0,1]
                 keep:Tensor|None=None, # (B,k) token indices, row-major; None: all
                ) -> Features:
-        net = self.net
-        t = net.patch_embed(self.normalise(x)) + net.pos_embed
+        net, grid = self.net, (x.shape[-1]*self.grid[0]//self.size,)*2
+        t = net.patch_embed(self.normalise(x)) + self.positions(grid)
         if keep is not None: t = t.gather(1, keep[..., None].expand(-1, -1, t.shape[-1]))
         t = torch.cat([net.cls_token.expand(len(t), -1, -1).to(t.dtype), t], 1)
         t = net.norm(net.blocks(t))
-        return Features(t[:, 0], t[:, 1:], self.grid)
+        return Features(t[:, 0], t[:, 1:], grid)
 
 # %% ../nbs/05_encoders.ipynb #2a61a1dd
 def vit(name:str='tiny', # 'tiny', 'small' or 'base'
@@ -142,7 +162,7 @@ class ResNet(Encoder):
     def __init__(self, net, spec, size, dim):
         super().__init__(spec, size, dim)
         self.net = net
-        stride = 32 if spec['stem'] == 'imagenet' else 8
+        stride = dict(small=8, half=16, imagenet=32)[spec['stem']]
         self.grid = (math.ceil(size/stride),)*2
 
     def forward(self, x:Tensor, # (B,3,size,size) uint8, or float in [0,1]
@@ -154,23 +174,41 @@ class ResNet(Encoder):
         m = net.layer4(net.layer3(net.layer2(net.layer1(m))))
         return Features(m.mean((2, 3)), m.flatten(2).transpose(1, 2), tuple(m.shape[2:]))
 
+# %% ../nbs/05_encoders.ipynb #c009bf23
+_stems = dict(small=(3, 1, False), half=(3, 2, False), imagenet=(7, 2, True)) # kernel, stride, max-pooling
+_layers = dict(resnet18=(2, 2, 2, 2), resnet34=(3, 4, 6, 3), resnet50=(3, 4, 6, 3), resnet101=(3, 4, 23, 3))
+
+def _resnet_net(name, width):
+    "torchvision's network, with `width` instead of 64 channels in its first stage and the others in proportion."
+    from torchvision.models import get_model, list_models, resnet as tv
+    known = [m for m in list_models() if 'resne' in m]
+    if name not in known: raise ValueError(f'resnet name must be one of {known}, got {name!r}')
+    if width == 64: net = get_model(name, weights=None); return net, net.fc.in_features
+    if name not in _layers: raise ValueError(f'width is for {list(_layers)}, not for {name!r}')
+    class Net(tv.ResNet):
+        def _make_layer(self, block, planes, *args, **kw):
+            if planes == 64: # the first stage: the stem comes before it
+                self.inplanes, self.conv1, self.bn1 = width, nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
+            return super()._make_layer(block, planes*width//64, *args, **kw)
+    block = tv.BasicBlock if name in ('resnet18', 'resnet34') else tv.Bottleneck
+    return Net(block, _layers[name]), 8*width*block.expansion
+
 # %% ../nbs/05_encoders.ipynb #ec8918fd
 def resnet(name:str='resnet18', # a torchvision ResNet: 'resnet18', 'resnet34', 'resnet50', 'resnet101', ...
            size:int=32, # image side, pixels
-           stem:str='auto', # 'small' (3x3, stride 1, no pooling), 'imagenet' (7x7, stride 2, pooling); 'auto': small up to 64 pixels
+           stem:str='auto', # 'small' (3x3, stride 1), 'half' (3x3, stride 2), 'imagenet' (7x7, stride 2, pooling); 'auto': small up to 64 pixels
+           width:int=64, # channels of the first stage
           ) -> ResNet:
-    "A residual network without its classifier. `ValueError` for unknown names."
-    from torchvision.models import get_model, list_models
-    known = [m for m in list_models() if 'resne' in m]
-    if name not in known: raise ValueError(f'resnet name must be one of {known}, got {name!r}')
-    if stem not in ('auto', 'small', 'imagenet'): raise ValueError(f"stem must be 'auto', 'small' or 'imagenet', got {stem!r}")
+    "A residual network without its classifier. `ValueError` for unknown names and widths."
+    if stem not in ('auto', *_stems): raise ValueError(f"stem must be 'auto', 'small', 'half' or 'imagenet', got {stem!r}")
+    if not (isinstance(width, int) and width > 0): raise ValueError(f'width must be a positive number of channels, got {width!r}')
     stem = ('small' if size <= 64 else 'imagenet') if stem == 'auto' else stem
-    net = get_model(name, weights=None)
-    dim, net.fc = net.fc.in_features, nn.Identity()
-    if stem == 'small':
-        net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    net, dim = _resnet_net(name, width)
+    net.fc, (kernel, stride, pool) = nn.Identity(), _stems[stem]
+    if not pool:
+        net.conv1, net.maxpool = nn.Conv2d(3, width, kernel, stride, kernel//2, bias=False), nn.Identity()
         nn.init.kaiming_normal_(net.conv1.weight, mode='fan_out', nonlinearity='relu')
-    return ResNet(net, dict(kind='resnet', name=name, size=size, stem=stem), size, dim)
+    return ResNet(net, dict(kind='resnet', name=name, size=size, stem=stem, width=width), size, dim)
 
 # %% ../nbs/05_encoders.ipynb #1c59ab5c
 def build_encoder(spec:dict) -> Encoder: # the `spec` of an encoder: kind and arguments
@@ -209,13 +247,14 @@ def mlp(*dims:int, # widths, first to last: mlp(192, 512, 128) has two layers
         norm:bool=True, # batch-norm before every ReLU
         last_norm:bool=True, # batch-norm without affine after the last layer
         bias:bool=False, # biases in the linear layers
+        last_bias:bool|None=None, # bias of the last layer; None: as `bias`
        ) -> nn.Sequential:
     "Linear layers with (batch-norm and) ReLU between them: every projector and predictor here. `ValueError` for fewer than 2 widths."
     if len(dims) < 2: raise ValueError(f'an mlp needs an input and an output width, got {dims}')
     layers = []
     for i, (a, b) in enumerate(zip(dims, dims[1:])):
         last = i == len(dims)-2
-        layers.append(nn.Linear(a, b, bias=bias))
+        layers.append(nn.Linear(a, b, bias=bias if last_bias is None or not last else last_bias))
         if last_norm if last else norm: layers.append(nn.BatchNorm1d(b, affine=not last))
         if not last: layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)

@@ -1,11 +1,9 @@
 "Small data and methods that several test files share."
 import pytest, torch
 from ssl_patch.data import images
-from ssl_patch.encoders import vit
-from ssl_patch.methods import APS, MoCoV3
+from ssl_patch.encoders import mlp, resnet, vit
+from ssl_patch.methods import build_method
 from ssl_patch.training import Pretrainer
-
-METHODS = dict(aps=APS, moco_v3=MoCoV3)
 
 @pytest.fixture(scope='session')
 def noise():
@@ -20,7 +18,8 @@ def pretrainer(noise):
     "A function that makes a very small `Pretrainer`, seeded weights included."
     def make(method='aps', weights=0, drop_path=0., **kwargs):
         torch.manual_seed(weights)
-        encoder = vit(size=16, patch=4, width=32, depth=2, heads=2, drop_path=drop_path)
-        m = METHODS[method](encoder, hidden=32, out=16)
+        if method in ('aps', 'moco_v3'):
+            m = build_method(method, vit(size=16, patch=4, width=32, depth=2, heads=2, drop_path=drop_path), hidden=32, out=16)
+        else: m = build_method(method, resnet('resnet18', 16, width=8), heads=(mlp(64, 16, last_norm=False, bias=True), None))
         return Pretrainer(m, noise, **(dict(epochs=4, batch_size=64, progress='quiet', knn_every=0) | kwargs))
     return make

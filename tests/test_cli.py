@@ -72,9 +72,9 @@ def wrong(folder, capsys, status, word, *words):
 
 @pytest.mark.parametrize('more, word', [
     (('--data', 'nowhere/at/all'), 'nowhere'), (('--data', 'cifar11'), 'cifar10'), (('--options', 'ratio=0'), 'ratio'), (('--options', 'ratio=1.5'), 'ratio'),
-    (('--options', 'gamma=3'), 'gamma'), (('--options', 'power'), 'name=value'), (('--method', 'simclr'), "['aps', 'moco_v3']"), (('--patch', '5'), 'multiple of the patch'),
-    (('--batch-size', '4000'), '4000'), (('--batch-size', '1'), 'batch_size'), (('--encoder', 'vit_huge'), 'huge'), (('--encoder', 'resnet18'), 'width'),
-    (('--lr', '-1'), 'lr'), (('--training', 'optimizer=adam'), 'adam'), (('--training', 'momentun=3'), 'momentun'), (('--width', '33'), 'heads'),
+    (('--options', 'gamma=3'), 'gamma'), (('--options', 'power'), 'name=value'), (('--method', 'simclr'), "'moco_v3', 'moco_v2'"), (('--patch', '5'), 'multiple of the patch'),
+    (('--batch-size', '4000'), '4000'), (('--batch-size', '1'), 'batch_size'), (('--encoder', 'vit_huge'), 'huge'), (('--encoder', 'resnet18'), 'heads'),
+    (('--lr', '-1'), 'lr'), (('--training', 'optimizer=adam'), 'adam'), (('--training', 'momentun=3'), 'momentun'), (('--width', '33'), 'width'),
     (('--device', 'cuda:99'), 'cuda')])
 def test_wrong_arguments(folder, capsys, more, word):
     wrong(folder, capsys, 2, word, 'pretrain', '--data', folder/'pics', '--out', folder/'run', *SMALL, *more)

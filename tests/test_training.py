@@ -21,8 +21,7 @@ class StopAt:
     def batch(self, done):
         if done == self.at: os.kill(os.getpid(), signal.SIGINT)
 
-@pytest.mark.parametrize('method', ['aps', 'moco_v3'])
-@pytest.mark.parametrize('bf16', [False, True])
+@pytest.mark.parametrize('method, bf16', [('aps', False), ('aps', True), ('moco_v3', False), ('moco_v3', True), ('moco_v2', False), ('moco_v2', True), ('sce', False)])
 def test_2n_epochs_equal_n_and_resume_n(pretrainer, tmp_path, method, bf16):
     make = lambda **kw: pretrainer(method, drop_path=.2, bf16=bf16, **kw)
     whole = make().fit()

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['moco_v1_settings', 'moco_v2_settings', 'ressl_settings', 'sce_settings', 'co2_terms', 'methods', 'Training', 'unit',
-           'diagnose', 'Method', 'check_slots', 'all_pairs', 'width_of', 'describe', 'APS', 'MoCoV3', 'Setting',
-           'sce_heads', 'setting_for', 'from_setting', 'MoCoV2', 'MoCoV1', 'ReSSL', 'patch_side', 'CO2', 'SCE',
-           'build_method']
+           'diagnose', 'Method', 'check_slots', 'loss_and_settings', 'try_objective', 'all_pairs', 'width_of',
+           'describe', 'APS', 'MoCoV3', 'Setting', 'sce_heads', 'setting_for', 'from_setting', 'MoCoV2', 'MoCoV1',
+           'ReSSL', 'patch_side', 'CO2', 'SCE', 'build_method']
 
 # %% ../nbs/07_methods.ipynb #41b9aa81
 import math
@@ -67,7 +67,7 @@ class Method(nn.Module):
                  training:Training=Training(), # how it is trained by default
                  name:str='custom'): # shown in records
         super().__init__()
-        check_slots(encoder, views, patches, pairs)
+        check_slots(encoder, views, patches, pairs); try_objective(objective, candidates)
         projector, predictor = heads or aps_heads(encoder.dim)
         self.trunk,self.predictor = Trunk(encoder, projector),predictor or nn.Identity()
         self.target = target and target(self.trunk)
@@ -134,7 +134,7 @@ class Method(nn.Module):
 
     def chance(self, batch_size:int): # images per batch
         "The loss of a network that tells nothing apart: ln of the number of candidates. None for objectives of one's own."
-        f, settings = (self.objective.func, self.objective.keywords) if isinstance(self.objective, partial) else (self.objective, {})
+        f, settings = loss_and_settings(self.objective)
         if f not in (info_nce, co2, sce, ressl): return None
         n = batch_size if self.queue is None else self.queue.size + (batch_size if settings.get('in_batch') else 1)
         return self.weight*len(self.pairs)*math.log(n-1 if f is ressl else n) # ReSSL leaves the positive out
@@ -163,6 +163,16 @@ def check_slots(encoder, views, patches, pairs):
     size = float(encoder.size)
     box = torch.tensor([[0., 0., size, size]]*2); flip = torch.zeros(2, dtype=torch.bool)
     patches(*[View(torch.zeros(2, 3, 1, 1), box, flip)]*2, encoder.grid, None)
+
+def loss_and_settings(objective):
+    "The function behind a `partial`, and its keyword arguments."
+    settings = {}
+    while isinstance(objective, partial): objective, settings = objective.func, objective.keywords | settings
+    return objective, settings
+
+def try_objective(objective, candidates):
+    "A loss of the library with wrong settings: `ValueError`. One of your own is not tried."
+    if loss_and_settings(objective)[0] in (info_nce, co2, sce, ressl): objective(*[torch.eye(2)]*2, torch.eye(2) if candidates else None)
 
 def all_pairs(keys:int, # G, the first views: those that the target tower sees
               views:int, # all of them

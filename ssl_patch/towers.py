@@ -132,7 +132,8 @@ class Queue(nn.Module):
                keys:int, # that enter in one step
               ):
         "Choose the size where none was given; `ValueError` for a queue that cannot hold the keys of one step."
-        if self.auto: self.size,self.next = max(keys, min(self.most, 2**int(math.log2(max(images/6, 1))))),0; self.build(self.keys.shape[1])
+        size = max(keys, min(self.most, 2**int(math.log2(max(images/6, 1))))) if self.auto else self.size
+        if size != self.size: self.size,self.next = size,0; self.build(self.keys.shape[1])
         self.check(keys)
 
     def check(self, keys):

@@ -138,7 +138,7 @@ def signs(seen:dict, # what a method noted: features (B,D), entropy
 def collapse(row:dict, # of the history: spread, rank, pos, neg
             ) -> str|None: # what is wrong and what to try; None: nothing
     "Name a collapse: all keys alike, or features in one direction."
-    advice = 'try a lower learning rate, a longer warm-up, a target that moves more slowly (momentum nearer to 1)'
+    advice = 'Try a lower learning rate, a longer warm-up, a target that moves more slowly (momentum nearer to 1)'
     if row['spread'] < .1:
         return (f"the keys of different images have become alike (spread {row['spread']:.2f} of 1, similarity {row['neg']:.2f}): a collapse. "
                 f"{advice}; check that the target gets no gradient; with a soft target, raise lam or lower tau_m or tau_t")
@@ -449,10 +449,10 @@ class Pretrainer(_Loop, _Bookkeeping, _State):
         self.lr = self.recipe.base_lr*self.recipe.batch_size/256 if lr is None else lr
         if not self.lr > 0: raise ValueError(f'lr must be positive, got {self.lr}')
         self.bf16 = native_bf16(self.device) if bf16 is None else bf16
+        method.fit_to(len(data.train), self.recipe.batch_size)
         self.loader = ViewLoader(data.train, method.views, self.recipe.batch_size, seed=seed, device=self.device, workers=workers)
         self.out = out and Path(out)
         if self.out: open_run_folder(self.out, resume)
-        method.fit_to(len(data.train), self.recipe.batch_size)
         prepare(method, data, self.device, self.bf16)
         self.method,self.data = method,data
         self.optimizer = make_optimizer(method, self.recipe, self.lr)

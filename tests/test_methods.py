@@ -2,12 +2,13 @@
 from functools import partial
 import pytest, torch
 import torch.nn.functional as F
-from ssl_patch.encoders import resnet, vit
-from ssl_patch.losses import co2, ressl, sce
-from ssl_patch.methods import APS, Method, MoCoV3, build_method, diagnose, unit
+from ssl_patch.encoders import mlp, resnet, vit
+from ssl_patch.losses import co2, info_nce, ressl, sce
+from ssl_patch.methods import (APS, CO2, SCE, Method, MoCoV1, MoCoV2, MoCoV3, ReSSL, all_pairs, build_method, diagnose, methods, moco_v1_settings,
+                               moco_v2_settings, ressl_settings, sce_settings, unit)
 from ssl_patch.patches import asymmetric
-from ssl_patch.towers import Queue, ema
-from ssl_patch.views import make_view, strong, weak
+from ssl_patch.towers import Queue, SplitBatchNorm, ema
+from ssl_patch.views import make_view, multi_crop, strong, weak
 
 @pytest.fixture
 def encoder():
@@ -116,10 +117,158 @@ def test_chance(encoder):
         assert m.chance(512) == pytest.approx(math.log(n)) == pytest.approx(objective(same, same, same[:99]).item(), abs=1e-4)
     assert Method(encoder, (weak(16),)*2, objective=lambda q, k, z: q.sum()).chance(512) is None
 
+SOFT = dict(moco_v1=MoCoV1, moco_v2=MoCoV2, ressl=ReSSL, co2=CO2, sce=SCE)
+small = lambda size=16: resnet('resnet18', size, width=8)
+
+def seeded(method, views, seed=1):
+    "Loss, queries and keys with one shuffle of the keys."
+    queue = method.queue.keys.clone()
+    torch.manual_seed(seed); loss = method(views)[0]
+    torch.manual_seed(seed); q, k = method.embed(views, [None]*len(views), 0.)
+    return loss, q, k, queue
+
+def plain_rows(q, k, queue): # scores of one row after the other, positive first
+    return [torch.cat([(q[i] @ k[i])[None], queue @ q[i]]) for i in range(len(q))], [queue @ k[i] for i in range(len(q))]
+
+def plain_loss(name, q, k, queue, tau=.1, tau_con=.05, alpha=.3, tau_m=.05, lam=.5):
+    "One loss after the other, a row at a time, from the papers' formulas."
+    total = 0.
+    for s, r in zip(*plain_rows(q, k, queue)):
+        nce = s.div(tau).logsumexp(0) - s[0]/tau
+        if name.startswith('moco'): total += nce
+        if name == 'co2':
+            P, Q = (r/tau_con).softmax(0), (s[1:]/tau_con).softmax(0)
+            total += nce + alpha*((P*(P/Q).log()).sum() + (Q*(Q/P).log()).sum())/2
+        if name == 'ressl': total -= ((r/.04).softmax(0) * (s[1:]/.1).log_softmax(0)).sum()
+        if name == 'sce': total += lam*nce - (1-lam)*((r/tau_m).softmax(0) * (s/tau).log_softmax(0)[1:]).sum()
+    return total/len(q)
+
+@pytest.mark.parametrize('name', SOFT)
+def test_soft_methods_are_their_formulas(name):
+    torch.manual_seed(0)
+    m = SOFT[name](small(), candidates=Queue(40)).eval() # eval: batch-norm and EMA stand still
+    loss, q, k, queue = seeded(m, batch(m)[0])
+    tau = .07 if name == 'moco_v1' else .1
+    assert loss.item() == pytest.approx(plain_loss(name, q[0], k[1], queue, tau=tau).item(), abs=1e-4)
+
+@pytest.mark.parametrize('name', SOFT)
+@pytest.mark.parametrize('net', ['resnet', 'vit'])
+def test_soft_methods_train(name, net):
+    "Gradient reaches the online tower and nothing else; the queue takes each step's keys; the target follows; the loss falls."
+    torch.manual_seed(0)
+    e = small() if net == 'resnet' else vit(size=16, patch=4, width=32, depth=2, heads=2)
+    m = SOFT[name](e, candidates=Queue(40))
+    views, opt = batch(m, 16)[0], torch.optim.SGD(m.parameters(), .1)
+    target, losses = [p.clone() for p in m.target.parameters()], []
+    for step in range(8):
+        queue = m.queue.keys.clone()
+        loss, log = m(views); opt.zero_grad(); loss.backward(); opt.step()
+        assert torch.equal(m.queue.keys, queue)
+        m.after_step(); losses.append(loss.item())
+        assert torch.equal(m.queue.keys[torch.arange(16*step, 16*step+16) % 40], m.fresh_keys) and m.queue.next == 16*(step+1) % 40
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in m.trunk.named_parameters() if p.requires_grad and 'pos_embed' not in n)
+    assert all(p.grad is None for p in m.target.parameters())
+    assert any((a-b).abs().max() > 0 for a, b in zip(target, m.target.parameters()))
+    assert not m.queue.keys.requires_grad and torch.isfinite(torch.tensor(losses)).all()
+
+def test_who_splits_its_batch_norm_and_who_moves_when():
+    groups = lambda net: {m.groups if isinstance(m, SplitBatchNorm) else 1 for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    for name, (online, target, when) in dict(moco_v1=(8, 8, 'before'), moco_v2=(8, 8, 'before'), ressl=(8, 8, 'before'), co2=(8, 8, 'before'), sce=(1, 8, 'after')).items():
+        m = SOFT[name](small())
+        assert (groups(m.trunk), groups(m.target), m.target.when, m.target.shuffle) == ({online}, {target}, when, True)
+    m = SCE(small(), 'imagenet')
+    assert (groups(m.trunk), groups(m.target), m.target.shuffle, m.target.end) == ({1}, {1}, False, 1.)
+
+@pytest.mark.parametrize('settings, make', [(moco_v1_settings, MoCoV1), (moco_v2_settings, MoCoV2), (ressl_settings, ReSSL), (sce_settings, SCE),
+                                            (moco_v1_settings, lambda e, d: CO2(e, 'moco_v1', d)), (moco_v2_settings, lambda e, d: CO2(e, 'moco_v2', d))])
+def test_every_setting_builds_and_steps(settings, make):
+    assert sorted(settings) == ['cifar', 'imagenet', 'stl10', 'tiny_imagenet']
+    for data, s in settings.items():
+        m = make(small(), data)
+        assert m.queue.most == s.queue and m.training_recipe == s.training and s.source
+        m.fit_to(1000, 8)
+        loss, _ = m(batch(m)[0]); loss.backward(); m.after_step()
+        assert torch.isfinite(loss) and m.queue.size == 128
+
+def test_published_numbers():
+    "The rows of the papers' tables that a slip would change unnoticed."
+    t = sce_settings['cifar'].training
+    assert (t.optimizer, t.base_lr, t.weight_decay, t.batch_size, t.epochs, t.warmup, t.decay_all) == ('sgd', .06, 5e-4, 256, 200, 5, True)
+    m = SCE(resnet('resnet18', 32))
+    assert [(l.in_features, l.out_features, l.bias is not None) for l in m.trunk.projector if isinstance(l, torch.nn.Linear)] == [(512, 512, False), (512, 128, True)]
+    assert (m.target.start, m.target.end, m.queue.most, [v.name for v in m.views]) == (.99, .99, 4096, ['strong', 'weak'])
+    assert m.objective.keywords == dict(lam=.5, tau=.1, tau_m=.05)
+    t = MoCoV2(resnet('resnet18', 32)).training_recipe
+    assert t.base_lr*t.batch_size/256 == pytest.approx(.06) and t.batch_size == 512 and t.schedule == 'epoch' and t.warmup == 0
+    m = SCE(resnet('resnet50', 224))
+    assert [l.out_features for l in m.trunk.projector if isinstance(l, torch.nn.Linear)] == [4096, 4096, 256] and m.training_recipe.base_lr == .3
+    assert m.objective.keywords['tau_m'] == .07 and [v.name for v in m.views] == ['alpha', 'beta'] and m.weight == .5 and m.target.end == 1.
+    assert not m.trunk.projector[-1].affine and isinstance(m.predictor[-1], torch.nn.Linear)
+    m = ReSSL(resnet('resnet50', 224))
+    assert [l.out_features for l in m.trunk.projector if isinstance(l, torch.nn.Linear)] == [4096, 512] and m.queue.most == 131072 and not m.training_recipe.decay_all
+    assert CO2(small(), 'moco_v1', 'imagenet').objective.keywords == dict(tau=.07, tau_con=.04, alpha=10.)
+    assert CO2(small(), data='imagenet').objective.keywords == dict(tau=.2, tau_con=.05, alpha=.3)
+
+def test_symmetric_moco_sums_two_losses():
+    torch.manual_seed(0)
+    m = MoCoV2(small(), symmetric=True, candidates=Queue(40)).eval()
+    loss, q, k, queue = seeded(m, batch(m)[0])
+    assert loss.item() == pytest.approx((info_nce(q[0], k[1], queue, .1) + info_nce(q[1], k[0], queue, .1)).item(), abs=1e-4)
+    m.train(); m(batch(m)[0]); m.after_step()
+    assert m.queue.next == 16 # both views' keys enter
+
+@pytest.mark.parametrize('net', ['resnet', 'vit'])
+def test_multi_crop_has_ten_terms(net):
+    torch.manual_seed(0)
+    e = small(32) if net == 'resnet' else vit(size=32, patch=4, width=32, depth=1, heads=2)
+    m = SCE(e, crops=True, hidden=32, out=16, candidates=Queue(40)).eval()
+    sizes = [v.size for v in m.views]
+    assert sizes == [r.size for r in multi_crop(32, 1 if net == 'resnet' else 4)] and len(set(sizes)) > 2 and len(m.pairs) == 10
+    loss, q, k, queue = seeded(m, batch(m)[0])
+    assert sorted(q) == list(range(6)) and sorted(k) == [0, 1]
+    terms = [plain_loss('sce', q[v], k[g], queue) for g in (0, 1) for v in range(6) if v != g]
+    assert loss.item() == pytest.approx((sum(terms)/10).item(), abs=1e-4)
+    m.train(); m(batch(m)[0])[0].backward(); m.after_step()
+    assert m.queue.next == 16 # the keys of the two large views
+
+def test_a_shorter_list_of_pairs():
+    assert all_pairs(1, 3) == ((1, 0), (2, 0)) and len(all_pairs(2, 6)) == 10
+
+@pytest.mark.parametrize('make', [lambda e: APS(e, objective=partial(sce, lam=.5, tau_m=.05)), lambda e: APS(e, objective=co2, candidates=Queue(40)),
+                                  lambda e: ReSSL(e, patches=asymmetric(power=3)), lambda e: SCE(e, patches=asymmetric(power=3)),
+                                  lambda e: MoCoV3(e, objective=partial(sce, tau=.2), hidden=32, out=16)])
+def test_soft_targets_compose_with_sparse_patches(encoder, make):
+    m = make(encoder)
+    views, samples = batch(m)
+    opt = torch.optim.SGD(m.parameters(), .05)
+    for keeps in samples:
+        loss, log = m(views, keeps); opt.zero_grad(); loss.backward(); opt.step(); m.after_step()
+        assert torch.isfinite(loss) and m.encoder.net.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+
+def test_looking_notes_features_and_entropy():
+    for name, make in SOFT.items():
+        m = make(small(), candidates=Queue(40)); m.looking = True; m(batch(m)[0])
+        H = m.seen['entropy'].item()
+        assert m.seen['features'].shape == (8, 64) and not m.seen['features'].requires_grad
+        assert H == 0 if name.startswith('moco') else 0 < H < torch.tensor(41.).log()
+
+def test_a_target_attribute_is_asked():
+    "An objective of one's own has an entropy as soon as it says what its target is."
+    def mine(q, k, queue, n=3): return (q*k).sum(1).mean()
+    m = Method(small(), (strong(16), weak(16)), pairs=((0, 1),), candidates=Queue(40), objective=partial(mine, n=4)); m.looking = True
+    m(batch(m)[0]); assert 'entropy' not in m.seen
+    mine.target = lambda k, queue, n=3: torch.full((len(k), n), 1/n)
+    m(batch(m)[0]); assert m.seen['entropy'].item() == pytest.approx(torch.tensor(4.).log().item(), abs=1e-6)
+
 @pytest.mark.parametrize('call, word', [
     (lambda e: APS(e, ratio=0.), 'ratio'), (lambda e: APS(e, ratio=1.5, draws=1), 'ratio'), (lambda e: APS(e, ratio=.5), 'draws'), (lambda e: APS(e, power=-1), 'power'),
     (lambda e: APS(resnet('resnet18', 16)), 'a ViT can'), (lambda e: Method(e, (weak(32), weak(32))), '32 pixels'),
     (lambda e: Method(e, (weak(16), weak(16)), pairs=()), 'pairs'), (lambda e: Method(e, (weak(16),)*3, patches=asymmetric()), 'two views'),
-    (lambda e: build_method('byol', e), 'byol'), (lambda e: build_method('aps', e, rate=1), 'rate'), (lambda e: MoCoV3(e, momentum=2.), 'momentum')])
+    (lambda e: build_method('byol', e), 'byol'), (lambda e: build_method('aps', e, rate=1), 'rate'), (lambda e: MoCoV3(e, momentum=2.), 'momentum'),
+    (lambda e: SCE(e, 'mnist'), 'mnist'), (lambda e: CO2(e, 'simclr'), 'simclr'), (lambda e: build_method('sce', e, lamda=1), 'lamda'),
+    (lambda e: MoCoV2(e, candidates=Queue(4))(batch(MoCoV2(e))[0]), 'queue of 4 cannot hold the 8 keys'), (lambda e: MoCoV2(e, candidates=Queue(4)).fit_to(1000, 8), 'queue of 4'),
+    (lambda e: MoCoV2(small()).fit_to(1000, 12), 'multiple of 8'), (lambda e: Method(e, (weak(16), weak(20)), pairs=((1, 0),)), '20 pixels'),
+    (lambda e: Method(e, (weak(16), weak(10)), pairs=((1, 0),)), 'patches of 4'), (lambda e: Method(e, (weak(16), weak(8))), '8 pixels'),
+    (lambda e: SCE(e, lam=1.5), 'lam'), (lambda e: SCE(e, tau=0.), 'tau'), (lambda e: ReSSL(e, tau_t=-1.), 'tau_t'), (lambda e: CO2(e, alpha=-1.), 'alpha')])
 def test_bad_input(encoder, call, word):
     with pytest.raises(ValueError, match=word): call(encoder)

@@ -2,6 +2,9 @@
 import csv, json, os, signal, subprocess, sys, textwrap, time
 import pytest, torch
 from ssl_patch import training
+from ssl_patch.encoders import mlp, resnet
+from ssl_patch.methods import build_method
+from ssl_patch.towers import Queue
 from ssl_patch.training import Pretrainer
 
 def same(a, b):
@@ -35,6 +38,39 @@ def test_interrupted_in_an_epoch_and_resumed(pretrainer, tmp_path, at):
     run = pretrainer(out=tmp_path/'r'); run.progress = StopAt(run, at)
     with pytest.raises(KeyboardInterrupt, match=f'after batch {at} of 16'): run.fit()
     assert same(state(whole), state(pretrainer(weights=1, out=tmp_path/'r', resume=True).fit()))
+
+@pytest.mark.parametrize('name', ['moco_v2', 'sce', 'co2', 'ressl'])
+def test_resumed_with_a_half_filled_queue(noise, tmp_path, name):
+    "A queue of 200 after one batch of 64, and after a write that wrapped; another start of weights and queue is overwritten."
+    def make(weights=0, **kw):
+        torch.manual_seed(weights)
+        m = build_method(name, resnet('resnet18', 16, width=8), heads=(mlp(64, 16, last_norm=False, bias=True), None), candidates=Queue(200, seed=weights))
+        return Pretrainer(m, noise, epochs=2, batch_size=64, progress='quiet', knn_every=0, **kw)
+    whole = make().fit()
+    for at in (1, 5):
+        run = make(out=tmp_path/f'{at}'); run.progress = StopAt(run, at)
+        with pytest.raises(KeyboardInterrupt): run.fit()
+        assert run.method.queue.next == at*64 % 200
+        assert same(state(whole), state(make(weights=1, out=tmp_path/f'{at}', resume=True).fit()))
+
+def test_a_collapse_is_named(noise, capsys):
+    "A constant embedding: the log says so once, with what to try."
+    torch.manual_seed(0)
+    m = build_method('moco_v2', resnet('resnet18', 16, width=8), heads=(mlp(64, 16, last_norm=False, bias=True), None))
+    for tower in (m.trunk, m.target.net): torch.nn.init.zeros_(tower.projector[0].weight)
+    Pretrainer(m, noise, epochs=3, batch_size=64, lr=1e-6, progress='lines', knn_every=0).fit()
+    out = capsys.readouterr().out
+    assert out.count('a collapse') == 1 and 'epoch 1: the keys of different images have become alike' in out and 'Try a lower learning rate' in out
+
+def test_signs_are_in_the_history(pretrainer):
+    h = pretrainer('sce').fit(1).history[-1]
+    assert 0 < h['entropy'] < 5 and 1 <= h['rank'] <= 64 and 0 < h['feature_std'] < 1.1
+    assert pretrainer('moco_v2').fit(1).history[-1]['entropy'] == 0
+
+def test_the_queue_fits_the_data_and_the_batch(pretrainer):
+    assert pretrainer('sce').method.queue.size == 64 # 256 images: a sixth is 42, a batch is 64
+    assert 'queue of 64' in pretrainer('sce').config()['slots']['candidates']
+    with pytest.raises(ValueError, match='multiple of 8'): pretrainer('moco_v2', batch_size=12)
 
 def test_interrupt_then_fit_goes_on_in_memory(pretrainer):
     whole, run = pretrainer().fit(), pretrainer()

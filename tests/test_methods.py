@@ -2,9 +2,9 @@
 from functools import partial
 import pytest, torch
 import torch.nn.functional as F
-from ssl_patch.encoders import mlp, resnet, vit
+from ssl_patch.encoders import resnet, vit
 from ssl_patch.losses import co2, info_nce, ressl, sce
-from ssl_patch.methods import (APS, CO2, SCE, Method, MoCoV1, MoCoV2, MoCoV3, ReSSL, all_pairs, build_method, diagnose, methods, moco_v1_settings,
+from ssl_patch.methods import (APS, CO2, SCE, Method, MoCoV1, MoCoV2, MoCoV3, ReSSL, all_pairs, build_method, diagnose, moco_v1_settings,
                                moco_v2_settings, ressl_settings, sce_settings, unit)
 from ssl_patch.patches import asymmetric
 from ssl_patch.towers import Queue, SplitBatchNorm, ema

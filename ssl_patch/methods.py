@@ -19,7 +19,7 @@ from torch import nn, Tensor
 from .encoders import Encoder, ResNet, aps_heads, mlp, moco_v3_heads
 from .losses import co2, info_nce, ressl, sce, target_entropy, target_of
 from .patches import asymmetric
-from .towers import Queue, SplitBatchNorm, Trunk, ema, split_batch_norm
+from .towers import Queue, SplitBatchNorm, Trunk, ema, gather, split_batch_norm, world
 from .views import View, alpha, aps_cifar, beta, moco_demo, moco_v1, multi_crop, strong, weak
 
 # %% ../nbs/07_methods.ipynb #f7926054
@@ -52,8 +52,82 @@ def diagnose(q:Tensor, # (B,d) queries, unit rows
     neg = (q.sum(0) @ k.sum(0) - pos.sum()) / (B*(B-1))
     return dict(pos=pos.mean(), neg=neg, spread=k.std(0).mean() * k.shape[1]**.5)
 
-# %% ../nbs/07_methods.ipynb #b88ebd40
-class Method(nn.Module):
+# %% ../nbs/07_methods.ipynb #3906c978
+class _Step(nn.Module):
+    "The part of `Method` that computes."
+    def embed(self, views, keeps, progress):
+        "Queries of the views that ask and keys of the views that answer, unit rows: two dicts, view number -> (B,d)."
+        asked, answered = {a for a, _ in self.pairs}, {b for _, b in self.pairs}
+        online = asked if self.target else asked | answered
+        f, z = {}, {}
+        for v in sorted(online): f[v], z[v] = self.trunk(views[v].x, keeps[v])
+        if self.looking: self.seen = dict(features=f[self.pairs[0][0]].image.detach().float())
+        q = {v: unit(self.predictor(z[v])) for v in sorted(asked)}
+        if self.target is None: return q, {v: unit(z[v].detach()) for v in answered}
+        if self.target.when == 'before' and self.training: self.target.update(self.trunk, progress)
+        return q, {v: unit(self.target(views[v].x, keeps[v])[1]) for v in sorted(answered)}
+
+    def forward(self, views:list, # one `View` per recipe
+                keeps:list|None=None, # token indices (B,k) per view, from `samples`; None: all
+                progress:float=0., # part of training that is done, 0 to 1
+               ) -> tuple: # (scalar loss, dict of diagnostics)
+        "The loss of one step. Call `after_step` once the optimiser has moved."
+        if self.queue: self.queue.check(self.new_keys(len(views[0])))
+        q, k = self.embed(views, keeps or [None]*len(views), progress)
+        queue = self.queue.keys if self.queue else None
+        everyone = {b: gather(k[b]) for b in sorted(k)} # the keys of all processes
+        loss = self.weight * sum(self.compare(q[a], k[b], everyone[b], queue) for a, b in self.pairs)
+        self.fresh_keys = torch.cat(list(everyone.values())) if self.queue else None
+        a, b = self.pairs[0]
+        if self.looking: self.look(k[b], queue)
+        return loss, diagnose(q[a].detach(), k[b])
+
+    def compare(self, q, k, everyone, queue):
+        "The objective; where keys of the batch are candidates, those of all processes are."
+        rank, n = world()
+        if n == 1 or (queue is not None and not loss_and_settings(self.objective)[1].get('in_batch')): return self.objective(q, k, queue)
+        return self.objective(q, everyone, queue, offset=rank*len(q))
+
+    def after_step(self, progress:float=0.): # part of training that is done, 0 to 1
+        "What happens after the optimiser's step: keys enter the queue, and an EMA that updates late does so."
+        if self.queue: self.queue.put(self.fresh_keys)
+        if self.target and self.target.when == 'after': self.target.update(self.trunk, progress)
+
+# %% ../nbs/07_methods.ipynb #42838520
+class _Beside:
+    "The part of `Method` that is not computing the loss."
+    def fit_to(self, images:int, # in the data set
+               batch_size:int, # images per loaded batch
+              ):
+        "Before training: a queue without a size takes one that suits the data. `ValueError` for a batch that queue or batch-norm cannot take."
+        if self.queue: self.queue.fit_to(images, self.new_keys(batch_size))
+        for g in {m.groups for m in self.modules() if isinstance(m, SplitBatchNorm)}:
+            if batch_size % g: raise ValueError(f'split batch-norm has {g} groups: batch_size must be a multiple of {g}, got {batch_size}')
+
+    def new_keys(self, batch_size): return batch_size*len({b for _, b in self.pairs})*world()[1] # keys that enter the queue in one step
+
+    @torch.no_grad()
+    def look(self, k, queue):
+        "Note the entropy of the target, where the objective says what its target is."
+        w = target_of(self.objective, k, queue)
+        if w is not None: self.seen['entropy'] = target_entropy(w)
+
+    def chance(self, batch_size:int): # images per batch
+        "The loss of a network that tells nothing apart: ln of the number of candidates. None for objectives of one's own."
+        f, settings = loss_and_settings(self.objective)
+        if f not in (info_nce, co2, sce, ressl): return None
+        n = batch_size if self.queue is None else self.queue.size + (batch_size if settings.get('in_batch') else 1)
+        return self.weight*len(self.pairs)*math.log(n-1 if f is ressl else n) # ReSSL leaves the positive out
+
+    def slots(self) -> dict: # slot -> short description; all strings
+        "What fills the five slots, in words: for tables and run records."
+        return dict(views=' / '.join(v.name for v in self.views), patches='all' if self.patches is None else repr(self.patches),
+                    target='same network, detached' if self.target is None else self.target.label,
+                    candidates='keys of the batch' if self.queue is None else f'positive + queue of {self.queue.size}',
+                    objective=describe(self.objective))
+
+# %% ../nbs/07_methods.ipynb #5cbb94a0
+class Method(_Step, _Beside):
     "Two towers, five slots. A new method is a new filling of the slots; nothing needs to be subclassed."
     def __init__(self, encoder:Encoder, # ViT, ResNet, or any module with the same interface
                  views:tuple, # one `Recipe` per view
@@ -79,14 +153,6 @@ class Method(nn.Module):
     @property
     def encoder(self): return self.trunk.encoder # the online encoder: what is judged and kept
 
-    def fit_to(self, images:int, # in the data set
-               batch_size:int, # images per loaded batch
-              ):
-        "Before training: a queue without a size takes one that suits the data. `ValueError` for a batch that queue or batch-norm cannot take."
-        if self.queue: self.queue.fit_to(images, batch_size*len({b for _, b in self.pairs}))
-        for g in {m.groups for m in self.modules() if isinstance(m, SplitBatchNorm)}:
-            if batch_size % g: raise ValueError(f'split batch-norm has {g} groups: batch_size must be a multiple of {g}, got {batch_size}')
-
     def samples(self, views:list, # one `View` per recipe
                 generator=None, # of the random draws
                ) -> list: # T lists, each with the token indices (B,k) that every view keeps, or None for all
@@ -94,57 +160,6 @@ class Method(nn.Module):
         if self.patches is None: return [[None]*len(views)]
         keep1, keep2 = self.patches(views[0], views[1], self.encoder.grid, generator)
         return [[keep1[:, t], keep2[:, t]] for t in range(keep1.shape[1])]
-
-    def embed(self, views, keeps, progress):
-        "Queries of the views that ask and keys of the views that answer, unit rows: two dicts, view number -> (B,d)."
-        asked, answered = {a for a, _ in self.pairs}, {b for _, b in self.pairs}
-        online = asked if self.target else asked | answered
-        f, z = {}, {}
-        for v in sorted(online): f[v], z[v] = self.trunk(views[v].x, keeps[v])
-        if self.looking: self.seen = dict(features=f[self.pairs[0][0]].image.detach().float())
-        q = {v: unit(self.predictor(z[v])) for v in sorted(asked)}
-        if self.target is None: return q, {v: unit(z[v].detach()) for v in answered}
-        if self.target.when == 'before' and self.training: self.target.update(self.trunk, progress)
-        return q, {v: unit(self.target(views[v].x, keeps[v])[1]) for v in sorted(answered)}
-
-    def forward(self, views:list, # one `View` per recipe
-                keeps:list|None=None, # token indices (B,k) per view, from `samples`; None: all
-                progress:float=0., # part of training that is done, 0 to 1
-               ) -> tuple: # (scalar loss, dict of diagnostics)
-        "The loss of one step. Call `after_step` once the optimiser has moved."
-        if self.queue: self.queue.check(len(views[0].x)*len({b for _, b in self.pairs}))
-        q, k = self.embed(views, keeps or [None]*len(views), progress)
-        queue = self.queue.keys if self.queue else None
-        loss = self.weight * sum(self.objective(q[a], k[b], queue) for a, b in self.pairs)
-        self.fresh_keys = torch.cat([k[b] for b in sorted(k)]) if self.queue else None
-        a, b = self.pairs[0]
-        if self.looking: self.look(k[b], queue)
-        return loss, diagnose(q[a].detach(), k[b])
-
-    @torch.no_grad()
-    def look(self, k, queue):
-        "Note the entropy of the target, where the objective says what its target is."
-        w = target_of(self.objective, k, queue)
-        if w is not None: self.seen['entropy'] = target_entropy(w)
-
-    def after_step(self, progress:float=0.): # part of training that is done, 0 to 1
-        "What happens after the optimiser's step: keys enter the queue, and an EMA that updates late does so."
-        if self.queue: self.queue.put(self.fresh_keys)
-        if self.target and self.target.when == 'after': self.target.update(self.trunk, progress)
-
-    def chance(self, batch_size:int): # images per batch
-        "The loss of a network that tells nothing apart: ln of the number of candidates. None for objectives of one's own."
-        f, settings = loss_and_settings(self.objective)
-        if f not in (info_nce, co2, sce, ressl): return None
-        n = batch_size if self.queue is None else self.queue.size + (batch_size if settings.get('in_batch') else 1)
-        return self.weight*len(self.pairs)*math.log(n-1 if f is ressl else n) # ReSSL leaves the positive out
-
-    def slots(self) -> dict: # slot -> short description; all strings
-        "What fills the five slots, in words: for tables and run records."
-        return dict(views=' / '.join(v.name for v in self.views), patches='all' if self.patches is None else repr(self.patches),
-                    target='same network, detached' if self.target is None else self.target.label,
-                    candidates='keys of the batch' if self.queue is None else f'positive + queue of {self.queue.size}',
-                    objective=describe(self.objective))
 
 # %% ../nbs/07_methods.ipynb #9103add9
 def check_slots(encoder, views, patches, pairs):

@@ -1,0 +1,49 @@
+"Two processes with half a batch each against one process with all of it."
+import socket
+from functools import partial
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from ssl_patch.encoders import mlp, vit
+from ssl_patch.losses import info_nce, sce
+from ssl_patch.methods import Method
+from ssl_patch.towers import Queue, ema
+from ssl_patch.views import View, strong, weak
+
+def methods():
+    "Keys of the batch, a queue, and both; heads without batch-norm, so that images are independent."
+    for objective, candidates in ((partial(info_nce, tau=.2), None), (sce, Queue(20)), (partial(sce, in_batch=True), Queue(20))):
+        torch.manual_seed(0)
+        yield Method(vit(size=16, patch=4, width=32, depth=1, heads=2), (strong(16), weak(16)), pairs=((0, 1),), target=ema(.9), candidates=candidates,
+                     heads=(mlp(32, 8, last_norm=False, bias=True), None), objective=objective)
+
+def step(part):
+    "Loss, gradient and queue after two steps, of rows `part` of a fixed batch."
+    g = torch.Generator().manual_seed(1)
+    batches = [[torch.rand(8, 3, 16, 16, generator=g) for _ in range(2)] for _ in range(2)]
+    out = []
+    for m in methods():
+        for xs in batches:
+            loss, _ = m([View(x[part], torch.zeros(len(x[part]), 4), torch.zeros(len(x[part]))) for x in xs])
+            grad = torch.autograd.grad(loss, m.trunk.projector[0].weight)[0]
+            m.after_step()
+        out.append((loss.detach(), grad, m.queue.keys.clone() if m.queue else torch.zeros(1)))
+    return out
+
+def worker(rank, port, results):
+    dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    results.put((rank, [[t.tolist() for t in r] for r in step(slice(4*rank, 4*rank+4))]))
+    dist.barrier(); dist.destroy_process_group()
+
+def test_two_processes_are_one():
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    context = mp.get_context('spawn'); results = context.Queue()
+    workers = [context.Process(target=worker, args=(r, port, results)) for r in range(2)]
+    for w in workers: w.start()
+    got = dict(results.get(timeout=120) for _ in workers)
+    for w in workers: w.join(60); assert w.exitcode == 0
+    for whole, a, b in zip(step(slice(None)), got[0], got[1]):
+        (loss, grad, queue), (a, b) = whole, ([torch.tensor(t) for t in r] for r in (a, b))
+        assert torch.allclose((a[0]+b[0])/2, loss, atol=1e-5) and torch.allclose((a[1]+b[1])/2, grad, atol=1e-5)
+        assert torch.equal(a[2], b[2]) and torch.allclose(a[2], queue, atol=1e-5)

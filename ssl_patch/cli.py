@@ -8,7 +8,7 @@ __all__ = ['encoder_from_words', 'parse_options', 'Pretrain', 'load_data', 'save
 
 # %% ../nbs/16_cli.ipynb #a6212a8a
 import ast, json, shutil, sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 import torch
 import tyro
@@ -51,7 +51,7 @@ class Pretrain:
     data: str = 'photos' # 'photos', 'cifar10', 'cifar100', 'stl10', a folder of images, or a packed .npz
     subset: int|None = None # train on this many images, the same for every seed, the classes in equal parts where there are labels; by default all
     method: str = 'aps' # 'aps', 'moco_v3', 'moco_v2', 'moco_v1', 'ressl', 'co2' or 'sce'
-    options: tuple[str, ...] = () # options of the method, e.g. --options power=3 draws=4 flip_aware=False
+    options: tuple[str, ...] = () # options of the method, e.g. --options power=3 draws=4, or lam=.5 candidates=4096; a wrong one names all there are
     encoder: str = 'vit_tiny' # 'vit_tiny', 'vit_small', 'vit_base', or a torchvision ResNet such as 'resnet18'
     size: int = 32 # side of the views, pixels
     patch: int = 4 # side of a ViT's patches, pixels
@@ -81,9 +81,18 @@ class Pretrain:
         if self.subset: data = data.sample(self.subset)
         return data, build_method(self.method, encoder, **parse_options(self.options))
 
+    def begun(self) -> 'Pretrain':
+        "The command that began the run in `out`, to go on with. `ValueError` for an option that says otherwise."
+        first = saved(self.out)
+        for f in fields(self):
+            mine, theirs = getattr(self, f.name), getattr(first, f.name)
+            if f.name not in ('out', 'resume', 'progress', 'device', 'workers') and mine not in (f.default, theirs):
+                raise ValueError(f'--resume goes on as the run began, with {f.name} {theirs!r}; it cannot go on with {mine!r}')
+        return replace(first, out=self.out, resume=True, progress=self.progress)
+
     def go(self) -> Pretrainer:
         "Train to the end."
-        me = replace(saved(self.out), out=self.out, resume=True, progress=self.progress) if self.resume else self
+        me = self.begun() if self.resume else self
         data, method = me.build()
         print(data, flush=True)
         run = Pretrainer(method, data, me.epochs, me.batch_size, me.lr, out=me.out, resume=me.resume, seed=me.seed, device=me.device,

@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['similarity', 'row_similarity', 'info_nce', 'relation_kl', 'co2', 'ressl', 'sce_target', 'sce', 'target_of',
-           'target_entropy', 'show_targets']
+           'target_entropy', 'show_targets', 'dense_nce', 'repco_positive', 'repco_negative', 'repco',
+           'local_to_global', 'token_to_image', 'token_similarity']
 
 # %% ../nbs/04_losses.ipynb #508d31f6
 from functools import partial
+from inspect import signature
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 # %% ../nbs/04_losses.ipynb #b50bc702
 def _full(x): return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -30,9 +33,11 @@ def row_similarity(a:Tensor, # (n,d) vectors
 # %% ../nbs/04_losses.ipynb #457a2a15
 def _check_pair(q, k, queue, tau):
     "Shapes and temperature of a contrastive loss; raises `ValueError` before any work."
-    if not tau > 0: raise ValueError(f'tau must be a positive temperature, got {tau}')
+    if not 0 < tau < float('inf'): raise ValueError(f'tau must be a positive temperature, got {tau}')
     if q.ndim != 2 or k.ndim != 2: raise ValueError(f'q and k must be (B,d), got {tuple(q.shape)} and {tuple(k.shape)}')
     if q.shape[1] != k.shape[1]: raise ValueError(f'q and k must have one width d, got {q.shape[1]} and {k.shape[1]}')
+    if len(q) == 0: raise ValueError('q is empty: a loss needs at least one image')
+    if queue is None and len(k) < len(q): raise ValueError(f'k must have a row for every row of q, got {len(k)} and {len(q)}')
     if queue is None and len(k) < 2:
         raise ValueError('a batch of one has no negatives: use a larger batch, or give a queue of older keys')
     if queue is not None:
@@ -193,7 +198,10 @@ def target_of(objective, # a loss of this notebook, with settings as a `partial`
     settings = {}
     while isinstance(objective, partial): objective, settings = objective.func, objective.keywords | settings
     make = getattr(objective, 'target', None)
-    return None if make is None else make(k, queue, **settings)
+    if make is None: return None
+    known = signature(make).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    return make(k, queue, **{n: v for n, v in settings.items() if takes_all or n in known})
 
 def target_entropy(w:Tensor) -> Tensor: # (B,C) rows that sum to 1 -> scalar, in nats
     "Mean entropy of target rows: 0 for one-hot rows, ln C for uniform ones."
@@ -222,3 +230,186 @@ def show_targets(query:Tensor, # (3,H,W) uint8, or float in [0,1]
     for ax in axes.flat: ax.axis('off')
     fig.subplots_adjust(0, .01, 1, .95, .04, .04); plt.close(fig)
     return fig
+
+# %% ../nbs/04_losses.ipynb #884cf752
+def _dot(a, b): return (_full(a)*_full(b)).sum(-1)
+
+def _at(u, index):
+    "Rows of `u` (B,M,d) at `index` (B,...), each image its own: (B,...,d)."
+    return u[torch.arange(len(u), device=u.device).view(-1, *[1]*(index.ndim-1)), index]
+
+def _rest_of(r, negatives, tau, start=0):
+    s = similarity(_full(r).flatten(0, 1)/tau, negatives.flatten(0, -2)).view(*r.shape[:2], -1)
+    if negatives.ndim == 3:
+        image = torch.arange(len(negatives), device=r.device)
+        own = (image[start:start+len(r), None] == image).repeat_interleave(negatives.shape[1], 1)
+        s = s.masked_fill(own[:, None], float('-inf'))
+    return s.logsumexp(2)
+
+def _rest(r, negatives, tau, chunk=None):
+    "(B,M) log-sum-exp of the scores of `r` (B,M,d) with negatives (K,d); or (B,m,d), and then with those of other images."
+    if chunk is None: return _rest_of(r, negatives, tau)
+    return torch.cat([checkpoint(_rest_of, r[i:i+chunk], negatives, tau, i, use_reentrant=False, preserve_rng_state=False)
+                      for i in range(0, len(r), chunk)])
+
+def _patch_nce(s, rest): return -F.logsigmoid(s - rest) # softplus(rest - s), exact at both ends
+
+# %% ../nbs/04_losses.ipynb #c0989741
+def _check_settings(tau, chunk=None, tokens=None, M=None):
+    if not 0 < tau < float('inf'): raise ValueError(f'tau must be a positive temperature, got {tau}')
+    if chunk is not None and chunk < 1: raise ValueError(f'chunk must be 1 or more images, or None for all, got {chunk}')
+    if tokens is not None and not 1 <= tokens <= M: raise ValueError(f'tokens must be from 1 to the {M} of an image, or None, got {tokens}')
+
+def _check_patches(r, u, queue=None, same_grid=False, others=True):
+    "Shapes of online patches `r`, target patches `u`, queue; `others`: negatives come from elsewhere. `ValueError` before any work."
+    for name, x in (('r', r), ('u', u)):
+        if x.ndim != 3 or 0 in x.shape: raise ValueError(f'{name} must be (B,M,d), M patches of B images, got {tuple(x.shape)}')
+    if r.shape[2] != u.shape[2]: raise ValueError(f'r and u must have one width d, got {r.shape[2]} and {u.shape[2]}')
+    if len(r) != len(u): raise ValueError(f'r and u must have the same images, got {len(r)} and {len(u)}')
+    if same_grid and r.shape[1] != u.shape[1]: raise ValueError(f'r and u must have one grid, got {r.shape[1]} and {u.shape[1]} patches')
+    if others and queue is None and len(r) < 2: raise ValueError('a batch of one has no negatives: use a larger batch, or give a queue')
+    if queue is not None and (queue.ndim != 2 or queue.shape[1] != r.shape[2] or len(queue) == 0):
+        raise ValueError(f'queue must be (K,{r.shape[2]}) with K at least 1, got {tuple(queue.shape)}')
+
+def _check_index(name, x, shape, dtype=torch.long):
+    "An index or flag tensor: its shape, where None stands for any length, and its type."
+    if not isinstance(x, Tensor) or x.ndim != len(shape) or any(n not in (None, m) for m, n in zip(x.shape, shape)) or x.dtype != dtype:
+        want = ','.join('k' if n is None else str(n) for n in shape)
+        got = f'{tuple(x.shape)} {x.dtype}' if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f'{name} must be ({want}) {dtype}, got {got}')
+
+# %% ../nbs/04_losses.ipynb #b862e063
+def dense_nce(r:Tensor, # (B,M,d) online patches, unit rows (not checked)
+              u:Tensor, # (B,M_k,d) target patches of the other view, unit rows
+              match:Tensor, # (B,M) long, c(i): which patch of `u` is the positive of patch i
+              queue:Tensor|None=None, # (K,d) image means of older target patches; None: image means of the other images in `u`
+              tau:float=0.2, # temperature
+              chunk:int|None=None, # images at a time, to bound memory: 4 x chunk x M x K bytes a table; None: all
+             ) -> Tensor: # scalar, mean over all B*M patches
+    """InfoNCE of matched patches (DenseCL, Wang et al. 2021, the local loss; without a queue ours). Gradient reaches `r` alone.
+    Value at chance: ln(1+K), or ln B. Raises `ValueError` on wrong shapes, temperature or `chunk`."""
+    _check_patches(r, u, queue); _check_settings(tau, chunk); _check_index('match', match, r.shape[:2])
+    u = u.detach()
+    others = F.normalize(_full(u).mean(1, keepdim=True), dim=2) if queue is None else queue.detach()
+    return _patch_nce(_dot(r, _at(u, match))/tau, _rest(r, others, tau, chunk)).mean()
+
+# %% ../nbs/04_losses.ipynb #7d72505b
+def _check_pairs(pairs, shape, *names):
+    want = dict(pos=(*shape,), pos_ok=(*shape,), neg=(*shape, None), neg_ok=(*shape, None))
+    for n in names: _check_index(f'pairs.{n}', getattr(pairs, n, None), want[n], torch.bool if n.endswith('ok') else torch.long)
+    if 'neg' in names and pairs.neg.shape != pairs.neg_ok.shape:
+        raise ValueError(f'pairs.neg and pairs.neg_ok must have one shape, got {tuple(pairs.neg.shape)} and {tuple(pairs.neg_ok.shape)}')
+
+def _mean_where(x, ok): return x.where(ok, 0.).sum()/ok.sum().clamp(min=1)
+
+def _draw_tokens(x, tokens, generator=None):
+    "`tokens` rows of every image of `x` (B,M,d), uniformly and without replacement; None: all."
+    if tokens is None: return x
+    return _at(x, torch.rand(x.shape[:2], device=x.device, generator=generator).topk(tokens, 1).indices)
+
+# %% ../nbs/04_losses.ipynb #f65be13b
+def repco_positive(r:Tensor, # (B,M,d) online patches, unit rows (not checked)
+                   u:Tensor, # (B,M,d) target patches of the same crop, unit rows
+                   pairs, # mined pairs: pos (B,M) long, pos_ok (B,M) bool
+                   queue:Tensor|None=None, # (K,d) older keys as negatives; None: the patches of the other images in `u`
+                   tau:float=0.2, # temperature
+                   tokens:int|None=None, # without a queue: patches per image that serve as negatives, drawn anew; None: all M
+                   chunk:int|None=None, # images at a time, to bound memory: 4 x chunk x M x K bytes a table; None: all
+                   generator:torch.Generator|None=None, # of the draw of `tokens`
+                  ) -> Tensor: # scalar, mean over the patches with a positive
+    """InfoNCE of a patch and a similar patch of its image, L+ (our reading of RepCo, Lei et al. 2023). Gradient reaches `r` alone.
+    Value at chance: ln(1+K), or ln(1+(B-1)M). Raises `ValueError` on wrong shapes, pairs or settings."""
+    _check_patches(r, u, queue, same_grid=True); _check_settings(tau, chunk, tokens, u.shape[1])
+    _check_pairs(pairs, r.shape[:2], 'pos', 'pos_ok')
+    if tokens is not None and queue is not None: raise ValueError('tokens is for negatives from the batch; with a queue leave it None')
+    u = u.detach()
+    others = _draw_tokens(u, tokens, generator) if queue is None else queue.detach()
+    s = _dot(r, _at(u, pairs.pos.where(pairs.pos_ok, 0)))/tau
+    return _mean_where(_patch_nce(s, _rest(r, others, tau, chunk)), pairs.pos_ok)
+
+# %% ../nbs/04_losses.ipynb #3f62c5b9
+def repco_negative(r:Tensor, # (B,M,d) online patches, unit rows (not checked)
+                   u:Tensor, # (B,M,d) target patches of the same crop, unit rows
+                   pairs, # mined pairs: neg (B,M,k) long, neg_ok (B,M,k) bool
+                   tau:float=0.2, # temperature
+                  ) -> Tensor: # scalar, mean over the patches with at least one negative
+    """A patch must be nearer to itself than to dissimilar neighbours, L- (our reading of RepCo, Lei et al. 2023). Gradient reaches `r`
+    alone. Value at chance: ln(1+k). Raises `ValueError` on wrong shapes, pairs or temperature."""
+    _check_patches(r, u, same_grid=True, others=False); _check_settings(tau); _check_pairs(pairs, r.shape[:2], 'neg', 'neg_ok')
+    u, ok = u.detach(), pairs.neg_ok
+    gap = (_dot(r[:, :, None], _at(u, pairs.neg.where(ok, 0))) - _dot(r, u)[..., None])/tau
+    return _mean_where(F.pad(gap.masked_fill(~ok, float('-inf')), (1, 0)).logsumexp(2), ok.any(2)) # the pad is the 1 in the logarithm
+
+# %% ../nbs/04_losses.ipynb #750c85f0
+def repco(r:Tensor, # (B,M,d) online patches, unit rows (not checked)
+          u:Tensor, # (B,M,d) target patches of the same crop, unit rows
+          pairs, # mined pairs: pos (B,M) and neg (B,M,k) long, pos_ok (B,M) and neg_ok (B,M,k) bool
+          queue:Tensor|None=None, # (K,d) older keys as negatives of L+; None: the patches of the other images in `u`
+          tau:float=0.2, # temperature of both terms
+          beta:float=1.0, # weight of L-; 0: positives only
+          positive:bool=True, # with L+; False: negatives only
+          tokens:int|None=None, # without a queue: patches per image that serve as negatives of L+; None: all M
+          chunk:int|None=None, # images at a time in L+, to bound memory; None: all
+          generator:torch.Generator|None=None, # of the draw of `tokens`
+         ) -> Tensor: # scalar
+    """L+ + beta L-, pairs from within an image (our reading of RepCo, Lei et al. 2023). Gradient reaches `r` alone.
+    Raises `ValueError` on wrong shapes, pairs or settings."""
+    if not 0 <= beta < float('inf'): raise ValueError(f'beta must be 0 or more, got {beta}')
+    if not positive and beta == 0: raise ValueError('positive=False and beta=0 leave no term: use one of them')
+    terms = []
+    if positive: terms.append(repco_positive(r, u, pairs, queue, tau, tokens, chunk, generator))
+    if beta > 0: terms.append(beta*repco_negative(r, u, pairs, tau))
+    return sum(terms)
+
+# %% ../nbs/04_losses.ipynb #d9b0283a
+def _check_global(anchor, local, online, both=('anchor', 'local')):
+    "Shapes of global vectors and patches, and the side that learns; raises `ValueError` before any work."
+    if anchor.ndim != 2: raise ValueError(f'anchor must be (B,d), one vector an image, got {tuple(anchor.shape)}')
+    if local.ndim != 3 or 0 in local.shape: raise ValueError(f'local must be (B,M,d), M patches of B images, got {tuple(local.shape)}')
+    if anchor.shape[1] != local.shape[2]:
+        raise ValueError(f'anchor and local must have one width d, got {anchor.shape[1]} and {local.shape[2]}')
+    if len(anchor) != len(local): raise ValueError(f'anchor and local must have the same images, got {len(anchor)} and {len(local)}')
+    if len(anchor) < 2: raise ValueError('anchor: a batch of one has no negatives, use a larger batch')
+    if online not in both: raise ValueError(f'online must be {both[0]!r} or {both[1]!r}, got {online!r}')
+
+def _online(anchor, local, online): return (anchor, local.detach()) if online == 'anchor' else (anchor.detach(), local)
+
+def local_to_global(anchor:Tensor, # (B,d) a, global vectors of one view, unit rows (not checked)
+                    local:Tensor, # (B,M,d) m, patches of the other view, unit rows
+                    tau:float=0.2, # temperature
+                    online:str='anchor', # side that gets the gradient: 'anchor' or 'local'
+                    tokens:int|None=None, # patches per image, drawn anew; None: all M
+                    chunk:int|None=None, # anchors at a time, to bound memory: 4 x chunk x B x M bytes a table; None: all
+                    generator:torch.Generator|None=None, # of the draw of `tokens`
+                   ) -> Tensor: # scalar, mean over all patches
+    """Each global vector picks out the patches of its image, G (our reading of Rabarisoa et al. 2022). Gradient reaches `online` alone.
+    Value at chance: ln(1+(B-1)M). Raises `ValueError` on wrong shapes or settings."""
+    _check_global(anchor, local, online); _check_settings(tau, chunk, tokens, local.shape[1])
+    a, m = _online(anchor, _draw_tokens(local, tokens, generator), online)
+    return _patch_nce(_dot(a[:, None], m)/tau, _rest(a[:, None], m, tau, chunk)).mean()
+
+# %% ../nbs/04_losses.ipynb #a0291efa
+def token_to_image(local:Tensor, # (B,M,d) m, patches of one view, unit rows (not checked)
+                   anchor:Tensor, # (B,d) a, global vectors of the other view, unit rows
+                   tau:float=0.2, # temperature
+                   online:str='local', # side that gets the gradient: 'local' or 'anchor'
+                   tokens:int|None=None, # patches per image, drawn anew; None: all M
+                   generator:torch.Generator|None=None, # of the draw of `tokens`
+                  ) -> Tensor: # scalar, mean over all patches
+    """Each patch picks out the global vector of its image, R: the reverse of `local_to_global` (ours, for comparison).
+    Gradient reaches `online` alone. Value at chance: ln B. Raises `ValueError` on wrong shapes or settings."""
+    _check_global(anchor, local, online, ('local', 'anchor')); _check_settings(tau, None, tokens, local.shape[1])
+    a, m = _online(anchor, _draw_tokens(local, tokens, generator), online)
+    return _patch_nce(_dot(m, a[:, None])/tau, _rest(m, a[:, None], tau)).mean()
+
+# %% ../nbs/04_losses.ipynb #247c452a
+@torch.no_grad()
+def token_similarity(x:Tensor, # (B,M,D) features of patches, of any length
+                    ): # -> (within, between), two scalars: mean cosine of two patches of one image, and of two images
+    """How alike the patches of one image are, and those of different images. Both 1: everything is the same; within 1 and between low:
+    images are told apart, places are not. No gradient. Raises `ValueError` if there are not two images of two patches."""
+    if x.ndim != 3 or len(x) < 2 or x.shape[1] < 2: raise ValueError(f'x must be (B,M,D) with B and M at least 2, got {tuple(x.shape)}')
+    x, (B, M) = F.normalize(_full(x), dim=2), x.shape[:2]
+    image = x.sum(1)
+    own = image.square().sum()
+    return (own - x.square().sum())/(B*M*(M-1)), (image.sum(0).square().sum() - own)/(B*(B-1)*M**2)

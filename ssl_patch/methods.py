@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['moco_v1_settings', 'moco_v2_settings', 'ressl_settings', 'sce_settings', 'co2_terms', 'methods', 'Training', 'unit',
-           'diagnose', 'Method', 'check_slots', 'loss_and_settings', 'try_objective', 'all_pairs', 'width_of',
-           'describe', 'APS', 'MoCoV3', 'Setting', 'sce_heads', 'setting_for', 'from_setting', 'MoCoV2', 'MoCoV1',
-           'ReSSL', 'patch_side', 'CO2', 'SCE', 'build_method']
+           'diagnose', 'Method', 'check_kinds', 'check_slots', 'loss_and_settings', 'try_objective', 'all_pairs',
+           'width_of', 'describe', 'APS', 'MoCoV3', 'Setting', 'sce_heads', 'setting_for', 'from_setting', 'MoCoV2',
+           'MoCoV1', 'ReSSL', 'patch_side', 'CO2', 'SCE', 'build_method']
 
-# %% ../nbs/07_methods.ipynb #41b9aa81
-import math
+# %% ../nbs/07_methods.ipynb #60e3c904
+import math, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
@@ -20,7 +21,7 @@ from .encoders import Encoder, ResNet, aps_heads, mlp, moco_v3_heads
 from .losses import co2, info_nce, ressl, sce, target_entropy, target_of
 from .patches import asymmetric
 from .towers import Queue, SplitBatchNorm, Trunk, ema, gather, split_batch_norm, world
-from .views import View, alpha, aps_cifar, beta, moco_demo, moco_v1, multi_crop, strong, weak
+from .views import Recipe, View, alpha, aps_cifar, beta, moco_demo, moco_v1, multi_crop, strong, weak
 
 # %% ../nbs/07_methods.ipynb #f7926054
 @dataclass(frozen=True)
@@ -85,8 +86,9 @@ class _Step(nn.Module):
     def compare(self, q, k, everyone, queue):
         "The objective; where keys of the batch are candidates, those of all processes are."
         rank, n = world()
-        if n == 1 or (queue is not None and not loss_and_settings(self.objective)[1].get('in_batch')): return self.objective(q, k, queue)
-        return self.objective(q, everyone, queue, offset=rank*len(q))
+        with torch.autocast(q.device.type, enabled=False): # q and k are float32, and so is all that an objective makes of them
+            if n == 1 or (queue is not None and not loss_and_settings(self.objective)[1].get('in_batch')): return self.objective(q, k, queue)
+            return self.objective(q, everyone, queue, offset=rank*len(q))
 
     def after_step(self, progress:float=0.): # part of training that is done, 0 to 1
         "What happens after the optimiser's step: keys enter the queue, and an EMA that updates late does so."
@@ -101,16 +103,22 @@ class _Beside:
               ):
         "Before training: a queue without a size takes one that suits the data. `ValueError` for a batch that queue or batch-norm cannot take."
         if self.queue: self.queue.fit_to(images, self.new_keys(batch_size))
-        for g in {m.groups for m in self.modules() if isinstance(m, SplitBatchNorm)}:
-            if batch_size % g: raise ValueError(f'split batch-norm has {g} groups: batch_size must be a multiple of {g}, got {batch_size}')
+        g = self.groups
+        if batch_size % g or batch_size == g > 1:
+            raise ValueError(f'split batch-norm has {g} groups: batch_size must be a multiple of {g}, at least {2*g}, got {batch_size}')
+
+    @property
+    def groups(self): return max([m.groups for m in self.modules() if isinstance(m, SplitBatchNorm)], default=1) # of batch-norm
 
     def new_keys(self, batch_size): return batch_size*len({b for _, b in self.pairs})*world()[1] # keys that enter the queue in one step
 
     @torch.no_grad()
     def look(self, k, queue):
-        "Note the entropy of the target, where the objective says what its target is."
-        w = target_of(self.objective, k, queue)
-        if w is not None: self.seen['entropy'] = target_entropy(w)
+        "Note the entropy of the target, where the objective says what its target is. A target that fails costs the number, not the run."
+        try:
+            with torch.autocast(k.device.type, enabled=False): w = target_of(self.objective, k, queue)
+            if w is not None: self.seen['entropy'] = target_entropy(w)
+        except Exception as e: warnings.warn(f'the `target` of {describe(self.objective)} failed, so its entropy is not logged: {type(e).__name__}: {e}')
 
     def chance(self, batch_size:int): # images per batch
         "The loss of a network that tells nothing apart: ln of the number of candidates. None for objectives of one's own."
@@ -119,11 +127,16 @@ class _Beside:
         n = batch_size if self.queue is None else self.queue.size + (batch_size if settings.get('in_batch') else 1)
         return self.weight*len(self.pairs)*math.log(n-1 if f is ressl else n) # ReSSL leaves the positive out
 
+    def candidates(self):
+        f, settings = loss_and_settings(self.objective)
+        first = 'keys of the batch' if self.queue is None or settings.get('in_batch') else '' if f is ressl else 'positive'
+        return ' + '.join(filter(None, [first, self.queue and self.queue.label]))
+
     def slots(self) -> dict: # slot -> short description; all strings
         "What fills the five slots, in words: for tables and run records."
         return dict(views=' / '.join(v.name for v in self.views), patches='all' if self.patches is None else repr(self.patches),
                     target='same network, detached' if self.target is None else self.target.label,
-                    candidates='keys of the batch' if self.queue is None else f'positive + queue of {self.queue.size}',
+                    candidates=self.candidates(),
                     objective=describe(self.objective))
 
 # %% ../nbs/07_methods.ipynb #5cbb94a0
@@ -133,7 +146,7 @@ class Method(_Step, _Beside):
                  views:tuple, # one `Recipe` per view
                  patches=None, # slot function (view1, view2, grid, generator) -> token indices, e.g. `asymmetric()`; None: all patches
                  target=None, # `ema(...)`; None: the same network, detached
-                 candidates=None, # `Queue(K)`; None: the keys of the batch
+                 candidates=None, # `Queue(K)`, or just K; None: the keys of the batch
                  objective=info_nce, # function (q, k, queue) -> scalar
                  heads:tuple|None=None, # (projector, predictor or None); None: APS's pair
                  pairs:tuple=((0, 1), (1, 0)), # (query view, key view) pairs that are compared; see `all_pairs` for multi-crop
@@ -141,6 +154,8 @@ class Method(_Step, _Beside):
                  training:Training=Training(), # how it is trained by default
                  name:str='custom'): # shown in records
         super().__init__()
+        if isinstance(candidates, int) and not isinstance(candidates, bool): candidates = Queue(candidates)
+        check_kinds(encoder, views, target, candidates, objective)
         check_slots(encoder, views, patches, pairs); try_objective(objective, candidates)
         projector, predictor = heads or aps_heads(encoder.dim)
         self.trunk,self.predictor = Trunk(encoder, projector),predictor or nn.Identity()
@@ -161,7 +176,17 @@ class Method(_Step, _Beside):
         keep1, keep2 = self.patches(views[0], views[1], self.encoder.grid, generator)
         return [[keep1[:, t], keep2[:, t]] for t in range(keep1.shape[1])]
 
-# %% ../nbs/07_methods.ipynb #9103add9
+# %% ../nbs/07_methods.ipynb #a555c605
+def check_kinds(encoder, views, target, candidates, objective):
+    "Something that cannot fill its slot: `ValueError` that says what can."
+    def want(ok, slot, what, got):
+        if not ok: raise ValueError(f'{slot} must be {what}, got {got!r}')
+    want(all(hasattr(encoder, a) for a in ('size', 'dim', 'grid', 'drops_patches')), 'encoder', 'one of ssl_patch.encoders: vit(...) or resnet(...)', type(encoder).__name__)
+    for v in views: want(isinstance(v, Recipe), 'views', 'recipes with a size, such as strong(32)', v)
+    want(target is None or (callable(target) and target is not ema), 'target', 'ema(...) with its momentum, such as ema(.99), or None', target)
+    want(candidates is None or isinstance(candidates, Queue), 'candidates', 'Queue(K), a number of keys K, or None', candidates)
+    want(callable(objective), 'objective', 'a function of (q, k, queue)', objective)
+
 def check_slots(encoder, views, patches, pairs):
     "Slots that do not fit each other or the encoder: `ValueError`, before any work. The patch sampler is tried on two boxes."
     if not pairs or any(i not in range(len(views)) for p in pairs for i in p):
@@ -228,7 +253,7 @@ def MoCoV3(encoder:Encoder, # ViT (`style='moco_v3'` for the published one) or R
           ) -> Method:
     "MoCo v3 (Chen et al. 2021), ViT or ResNet recipe by the kind of encoder."
     conv = isinstance(encoder, ResNet)
-    tau = tau or (1. if conv else .2)
+    if tau is None: tau = 1. if conv else .2
     training = (Training(epochs=300, batch_size=4096, optimizer='lars', base_lr=.3, weight_decay=1e-6, warmup=10) if conv else
                 Training(epochs=300, batch_size=4096, base_lr=1.5e-4, weight_decay=.1, warmup=40))
     return Method(encoder, **dict(
@@ -294,13 +319,13 @@ sce_settings['tiny_imagenet'] = sce_settings['stl10']
 
 # %% ../nbs/07_methods.ipynb #92aea12f
 def setting_for(settings:dict, # of one method
-                data:str|None, # 'cifar', 'stl10', 'tiny_imagenet', 'imagenet'; None: by the size of the images
+                name:str|None, # 'cifar', 'stl10', 'tiny_imagenet', 'imagenet'; None: by the size of the images
                 size:int, # image side, pixels
                ) -> Setting:
     "The setting for a kind of data: CIFAR's up to 32 pixels, Tiny-ImageNet's up to 96, ImageNet's above. `ValueError` for an unknown name."
-    if data is None: data = 'cifar' if size <= 32 else 'tiny_imagenet' if size <= 96 else 'imagenet'
-    if data not in settings: raise ValueError(f'data must be one of {sorted(settings)}, got {data!r}')
-    return settings[data]
+    if name is None: name = 'cifar' if size <= 32 else 'tiny_imagenet' if size <= 96 else 'imagenet'
+    if name not in settings: raise ValueError(f'setting must be one of {sorted(settings)}, got {name!r}')
+    return settings[name]
 
 def from_setting(encoder:Encoder, # encoder to train; its batch-norm is split in place where the setting asks for it
                  s:Setting, # what the paper chose
@@ -317,34 +342,34 @@ def _given(**kw): return {k: v for k, v in kw.items() if v is not None}
 
 # %% ../nbs/07_methods.ipynb #c05db5a9
 def MoCoV2(encoder:Encoder, # ResNet, or ViT
-           data:str|None=None, # whose setting: 'cifar', 'stl10', 'tiny_imagenet', 'imagenet'; None: by the size of the images
+           setting:str|None=None, # 'cifar', 'stl10', 'tiny_imagenet' or 'imagenet'; None: by the size of the images
            tau:float|None=None, # temperature; None: the setting's
            symmetric:bool=False, # both views ask: twice the work, the sum of two losses
            **slots, # any slot of `Method` instead
           ) -> Method:
-    "MoCo v2 (Chen et al. 2020). `ValueError` for unknown data and wrong temperatures."
-    s = setting_for(moco_v2_settings, data, encoder.size)
+    "MoCo v2 (Chen et al. 2020). `ValueError` for an unknown setting and wrong temperatures."
+    s = setting_for(moco_v2_settings, setting, encoder.size)
     return from_setting(encoder, replace(s, both_ways=symmetric), partial(info_nce, **s.loss | _given(tau=tau)), 'MoCo v2', **slots)
 
 def MoCoV1(encoder:Encoder, # ResNet, or ViT
-           data:str|None=None, # whose setting: 'cifar', 'stl10', 'tiny_imagenet', 'imagenet'; None: by the size of the images
+           setting:str|None=None, # 'cifar', 'stl10', 'tiny_imagenet' or 'imagenet'; None: by the size of the images
            tau:float|None=None, # temperature; None: the setting's
            **slots, # any slot of `Method` instead
           ) -> Method:
-    "MoCo (He et al. 2020). `ValueError` for unknown data and wrong temperatures."
-    s = setting_for(moco_v1_settings, data, encoder.size)
+    "MoCo (He et al. 2020). `ValueError` for an unknown setting and wrong temperatures."
+    s = setting_for(moco_v1_settings, setting, encoder.size)
     return from_setting(encoder, s, partial(info_nce, **s.loss | _given(tau=tau)), 'MoCo v1', **slots)
 
 # %% ../nbs/07_methods.ipynb #9d21234d
 def ReSSL(encoder:Encoder, # ResNet, or ViT
-          data:str|None=None, # whose setting: 'cifar', 'stl10', 'tiny_imagenet', 'imagenet'; None: by the size of the images
+          setting:str|None=None, # 'cifar', 'stl10', 'tiny_imagenet' or 'imagenet'; None: by the size of the images
           tau_s:float|None=None, # temperature of the query; None: the setting's
           tau_t:float|None=None, # temperature of the key, lower; None: the setting's
           crops:bool=False, # multi-crop: five strong views from large to small ask one weak view
           **slots, # any slot of `Method` instead
          ) -> Method:
-    "ReSSL (Zheng et al. 2021). `ValueError` for unknown data and wrong temperatures."
-    s = setting_for(ressl_settings, data, encoder.size)
+    "ReSSL (Zheng et al. 2021). `ValueError` for an unknown setting and wrong temperatures."
+    s = setting_for(ressl_settings, setting, encoder.size)
     objective = partial(ressl, **s.loss | _given(tau_s=tau_s, tau_t=tau_t))
     if crops:
         sizes = multi_crop(encoder.size, patch_side(encoder))[1:]
@@ -359,32 +384,32 @@ co2_terms = dict(moco_v1=dict(tau_con=.04, alpha=10.), moco_v2=dict(tau_con=.05,
 
 def CO2(encoder:Encoder, # ResNet, or ViT
         host:str='moco_v2', # the method it is added to: 'moco_v1' or 'moco_v2'
-        data:str|None=None, # whose setting: 'cifar', 'stl10', 'tiny_imagenet', 'imagenet'; None: by the size of the images
+        setting:str|None=None, # 'cifar', 'stl10', 'tiny_imagenet' or 'imagenet'; None: by the size of the images
         tau:float|None=None, # temperature of InfoNCE; None: the host's
         tau_con:float|None=None, # temperature of the consistency term; None: the paper's for the host
         alpha:float|None=None, # weight of the consistency term; None: the paper's for the host
         **slots, # any slot of `Method` instead
        ) -> Method:
-    "CO2 on MoCo v1 or v2 (Wei et al. 2021). `ValueError` for an unknown host or data and wrong settings."
+    "CO2 on MoCo v1 or v2 (Wei et al. 2021). `ValueError` for an unknown host or setting and wrong numbers."
     hosts = dict(moco_v1=moco_v1_settings, moco_v2=moco_v2_settings)
     if host not in hosts: raise ValueError(f'host must be one of {list(hosts)}, got {host!r}')
-    s = setting_for(hosts[host], data, encoder.size)
+    s = setting_for(hosts[host], setting, encoder.size)
     objective = partial(co2, **s.loss | co2_terms[host] | _given(tau=tau, tau_con=tau_con, alpha=alpha))
     return from_setting(encoder, s, objective, f"CO2 on {host.replace('moco_', 'MoCo ')}", **slots)
 
 # %% ../nbs/07_methods.ipynb #dfc50200
 def SCE(encoder:Encoder, # ResNet, or ViT
-        data:str|None=None, # whose setting: 'cifar', 'stl10', 'tiny_imagenet', 'imagenet'; None: by the size of the images
+        setting:str|None=None, # 'cifar', 'stl10', 'tiny_imagenet' or 'imagenet'; None: by the size of the images
         lam:float=.5, # share of the positive in the target, lambda
         tau:float=.1, # temperature of the query
         tau_m:float|None=None, # temperature of the target; None: the setting's
         symmetric:bool|None=None, # alpha/beta both ways with a predictor; None: as the setting has it (ImageNet's is)
-        crops:bool=False, # multi-crop: four small views ask too; implies `symmetric`
+        crops:bool=False, # multi-crop: four small views ask too; implies `symmetric`, with its views and heads
         hidden:int=4096, out:int=256, # widths of the symmetric form's heads
         **slots, # any slot of `Method` instead
        ) -> Method:
-    "Similarity contrastive estimation (Denize et al. 2023). `ValueError` for unknown data, `lam` outside [0,1] and wrong temperatures."
-    s = setting_for(sce_settings, data, encoder.size)
+    "Similarity contrastive estimation (Denize et al. 2023). `ValueError` for an unknown setting, `lam` outside [0,1] and wrong temperatures."
+    s = setting_for(sce_settings, setting, encoder.size)
     objective = partial(sce, lam=lam, tau=tau, **s.loss | _given(tau_m=tau_m))
     both = crops or (s.both_ways if symmetric is None else symmetric)
     if both: s = replace(s, both_ways=True, views=(alpha, beta), heads=lambda dim: sce_heads(dim, hidden, out))
@@ -403,5 +428,7 @@ def build_method(name:str, # a key of `methods`
                 ) -> Method:
     "A method by its name. `ValueError` for an unknown name or option."
     if name not in methods: raise ValueError(f'method must be one of {list(methods)}, got {name!r}')
-    try: return methods[name](encoder, **kwargs)
-    except TypeError as e: raise ValueError(f'{name} does not take these options ({e})') from e
+    known = [n for f in (methods[name], Method.__init__) for n in signature(f).parameters if n not in ('encoder', 'self', 'slots')]
+    for n in kwargs:
+        if n not in known: raise ValueError(f'{name} has no option {n!r}; there are {", ".join(dict.fromkeys(known))}')
+    return methods[name](encoder, **kwargs)

@@ -28,7 +28,7 @@ def cosine_momentum(progress:float, # part of training that is done, 0 to 1
                     start:float=0.99, # momentum m at the start
                     end:float=1., # momentum at the end
                    ) -> float: # momentum m now
-    "EMA momentum that moves from `start` to `end` on a half cosine (BYOL; MoCo v3; SCE)."
+    "EMA momentum that moves from `start` to `end` on a half cosine (BYOL; MoCo v3; SCE on ImageNet)."
     return end - (end-start)*(1+math.cos(math.pi*progress))/2
 
 # %% ../nbs/06_towers.ipynb #eb0ab2d7
@@ -81,7 +81,7 @@ class EMA(nn.Module):
     @property
     def label(self):
         return (f'EMA {self.start}' + (f' to {self.end}' if self.end != self.start else '') + f', moved {self.when} the step'
-                + (f', batch-norm in {self.split} groups' if self.split > 1 else '') + (', keys shuffled' if self.shuffle else ''))
+                + (f', batch-norm in {self.split} groups' if any(isinstance(m, SplitBatchNorm) for m in self.net.modules()) else '') + (', keys shuffled' if self.shuffle else ''))
 
     @torch.no_grad()
     def update(self, online:nn.Module, # the trunk to follow
@@ -121,7 +121,7 @@ class Queue(nn.Module):
         super().__init__()
         for name, n in (('size', size), ('most', most)):
             if n is not None and not (isinstance(n, int) and n >= 1): raise ValueError(f'a queue holds at least one key, got {name}={n!r}')
-        self.size,self.auto,self.most,self.seed,self.next = size or most,size is None,most,seed,0
+        self.size,self.auto,self.most,self.seed,self.next,self.fitted = size or most,size is None,most,seed,0,size is not None
         if dim is not None: self.build(dim)
 
     def build(self, dim):
@@ -134,8 +134,12 @@ class Queue(nn.Module):
               ):
         "Choose the size where none was given; `ValueError` for a queue that cannot hold the keys of one step."
         size = max(keys, min(self.most, 2**int(math.log2(max(images/6, 1))))) if self.auto else self.size
+        self.fitted = True
         if size != self.size: self.size,self.next = size,0; self.build(self.keys.shape[1])
         self.check(keys)
+
+    @property
+    def label(self): return f'queue of {self.size}' if self.fitted else f'queue fitted to the data, at most {self.most}'
 
     def check(self, keys):
         if keys > self.size: raise ValueError(f'a queue of {self.size} cannot hold the {keys} keys of one step: take a longer queue or a smaller batch')

@@ -122,7 +122,7 @@ def open_run_folder(out:Path, # the folder of a run
                     resume:bool, # whether it must hold a checkpoint, or must not
                    ):
     "Make the folder, or check it. `FileExistsError`, `FileNotFoundError` or `OSError`, before any work."
-    has = (out/'checkpoint.pt').exists() or (out/'config.json').exists()
+    has = any((out/f).exists() for f in ('checkpoint.pt', 'metrics.csv', 'encoder.safetensors')) # a lone config.json: it never began
     if resume and not (out/'checkpoint.pt').is_file(): raise FileNotFoundError(f'{out} holds no checkpoint.pt to resume from')
     if has and not resume: raise FileExistsError(f'{out} already holds a run: give another folder, or resume=True to go on with it')
     try: out.mkdir(parents=True, exist_ok=True); (out/'.probe').write_bytes(b''); (out/'.probe').unlink()
@@ -139,6 +139,7 @@ def collapse(row:dict, # of the history: spread, rank, pos, neg
             ) -> str|None: # what is wrong and what to try; None: nothing
     "Name a collapse: all keys alike, or features in one direction."
     advice = 'Try a lower learning rate, a longer warm-up, a target that moves more slowly (momentum nearer to 1)'
+    if row['feature_std'] < .05: return f"the features of different images have become alike (standard deviation {row['feature_std']:.3f} of 1): a collapse. {advice}"
     if row['spread'] < .1:
         return (f"the keys of different images have become alike (spread {row['spread']:.2f} of 1, similarity {row['neg']:.2f}): a collapse. "
                 f"{advice}; check that the target gets no gradient; with a soft target, raise lam or lower tau_m or tau_t")
@@ -240,7 +241,7 @@ def settle_recipe(method, n, epochs, batch_size, changes) -> Training:
     for k in changes:
         if k not in known: raise ValueError(f'unknown training option {k!r}; there are {list(known)}')
     r = replace(method.training_recipe, **changes)
-    fit = max(2, 2**int(math.log2(max(n/16, 2))))
+    fit = max(2*method.groups, 2**int(math.log2(max(n/16, 2)))) # split batch-norm wants at least two images in a group
     r = replace(r, epochs=r.epochs if epochs is None else epochs, batch_size=min(r.batch_size, fit) if batch_size is None else batch_size)
     for k, least in (('epochs', 1), ('batch_size', 2)):
         v = getattr(r, k)
@@ -319,7 +320,7 @@ class _Loop:
 class _Bookkeeping:
     "The part of `Pretrainer` that is not training: files, numbers, stopping, resuming."
     def begin(self, last):
-        if self.out and not (self.out/'config.json').exists(): write_aside(self.out/'config.json', as_json(self.config()))
+        if self.out and not (self.batches and (self.out/'config.json').exists()): write_aside(self.out/'config.json', as_json(self.config()))
         self.progress.start(self.batches, last*len(self.loader)); self.clock = time.time()
 
     def end_epoch(self, epoch):
@@ -443,6 +444,7 @@ class Pretrainer(_Loop, _Bookkeeping, _State):
                  progress:str|None=None, # 'notebook', 'terminal', 'lines', 'quiet'; None: found out
                  note:dict|None=None, # anything more for config.json
                  **recipe): # any field of `Training`, e.g. weight_decay=.1
+        if not hasattr(data, 'train'): raise ValueError(f"data must be what images(...) returns, got {type(data).__name__}: images('photos'), say")
         self.device = usable(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         self.recipe = settle_recipe(method, len(data.train), epochs, batch_size, recipe)
         self.epochs,self.seed,self.save_every = self.recipe.epochs,seed,save_every

@@ -116,3 +116,15 @@ def test_help(capsys):
     text = capsys.readouterr().out
     assert all(c in text for c in ('pretrain', 'probe', 'show', 'info', 'demo'))
     assert run('pretrain', '--help') == 0 and 'side of the views, pixels' in capsys.readouterr().out
+
+def test_resume_refuses_another_method(folder, capsys):
+    assert pretrain(folder) == 0
+    wrong_words = [('--method', 'moco_v3'), ('--options', 'hidden=33'), ('--epochs', '9'), ('--width', '64')]
+    for more in wrong_words:
+        assert run('pretrain', '--out', folder/'run', '--resume', *more) == 2
+        assert '--resume goes on as the run began' in capsys.readouterr().err
+    assert run('pretrain', '--out', folder/'run', '--resume') == 0
+
+def test_options_of_a_method_are_named(folder, capsys):
+    assert run('pretrain', '--data', folder/'pics', '--out', folder/'run', '--size', 16, '--method', 'sce', '--encoder', 'resnet18', '--width', 8, '--options', 'tau_t=.1') == 2
+    assert 'setting, lam, tau, tau_m' in capsys.readouterr().err

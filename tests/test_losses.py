@@ -256,7 +256,7 @@ def test_soft_targets_refuse_bad_input(f, names):
                     ((ones(2), ones(2)), r'\(B,d\)'), ((ones(2, 2), ones(4, 2), ones(5, 2)), 'one row per image')):
         with pytest.raises(ValueError, match=word): f(*x)
     with pytest.raises(ValueError, match='offset'): f(ones(4, 2), ones(4, 2), offset=1)
-    with pytest.raises(ValueError, match='offset'): f(ones(4, 2), ones(3, 2))
+    with pytest.raises(ValueError, match='a row for every row'): f(ones(4, 2), ones(3, 2))
 
 @pytest.mark.parametrize('args, word', [
     (dict(lam=-.1), 'lam'), (dict(lam=1.01), 'lam'), (dict(lam=float('nan')), 'lam'), (dict(positive='none'), "'masked' or 'zero_logit', got 'none'"),

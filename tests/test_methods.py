@@ -186,7 +186,7 @@ def test_every_setting_builds_and_steps(settings, make):
     for data, s in settings.items():
         m = make(small(), data)
         assert m.queue.most == s.queue and m.training_recipe == s.training and s.source
-        m.fit_to(1000, 8)
+        m.fit_to(1000, 16)
         loss, _ = m(batch(m)[0]); loss.backward(); m.after_step()
         assert torch.isfinite(loss) and m.queue.size == 128
 
@@ -207,7 +207,7 @@ def test_published_numbers():
     m = ReSSL(resnet('resnet50', 224))
     assert [l.out_features for l in m.trunk.projector if isinstance(l, torch.nn.Linear)] == [4096, 512] and m.queue.most == 131072 and not m.training_recipe.decay_all
     assert CO2(small(), 'moco_v1', 'imagenet').objective.keywords == dict(tau=.07, tau_con=.04, alpha=10.)
-    assert CO2(small(), data='imagenet').objective.keywords == dict(tau=.2, tau_con=.05, alpha=.3)
+    assert CO2(small(), setting='imagenet').objective.keywords == dict(tau=.2, tau_con=.05, alpha=.3)
 
 def test_symmetric_moco_sums_two_losses():
     torch.manual_seed(0)
@@ -252,6 +252,29 @@ def test_looking_notes_features_and_entropy():
         assert m.seen['features'].shape == (8, 64) and not m.seen['features'].requires_grad
         assert H == 0 if name.startswith('moco') else 0 < H < torch.tensor(41.).log()
 
+def test_an_objective_is_computed_in_float32_under_autocast():
+    "A newcomer writes `q @ queue.T`: no half precision, no wrong dtype."
+    seen = []
+    def mine(q, k, queue): s = q @ queue.T; seen.append(s.dtype); return torch.cat([(q*k).sum(1, keepdim=True), s], 1).logsumexp(1).mean()
+    mine.target = lambda k, queue: torch.zeros(len(k), 1+len(queue)).scatter(1, 1+(k @ queue.T).topk(3).indices, 1/3)
+    m = Method(small(), (strong(16), weak(16)), pairs=((0, 1),), target=ema(.9), candidates=40, objective=mine); m.looking = True
+    with torch.autocast('cpu', torch.bfloat16): loss, _ = m(batch(m)[0])
+    loss.backward()
+    assert seen == [torch.float32] and loss.dtype == torch.float32 and m.seen['entropy'].item() == pytest.approx(torch.tensor(3.).log().item(), abs=1e-5)
+
+def test_a_target_that_fails_costs_a_number_not_the_run():
+    def mine(q, k, queue, n=3): return (q*k).sum(1).mean()
+    mine.target = lambda k, queue: torch.ones(3)/3
+    m = Method(small(), (strong(16), weak(16)), pairs=((0, 1),), candidates=40, objective=partial(mine, n=4)); m.looking = True
+    with pytest.warns(UserWarning, match='entropy is not logged'): m(batch(m)[0])[0].backward()
+    assert 'entropy' not in m.seen and 'features' in m.seen
+
+def test_candidates_in_words():
+    words = lambda m: m.slots()['candidates']
+    assert words(SCE(small(), candidates=40)) == 'positive + queue of 40' and words(ReSSL(small(), candidates=40)) == 'queue of 40'
+    assert words(SCE(small(), objective=partial(sce, in_batch=True), candidates=40)) == 'keys of the batch + queue of 40'
+    assert words(SCE(small())) == 'positive + queue fitted to the data, at most 4096' and words(APS(vit(size=16, patch=4, width=32, depth=1, heads=2))) == 'keys of the batch'
+
 def test_a_target_attribute_is_asked():
     "An objective of one's own has an entropy as soon as it says what its target is."
     def mine(q, k, queue, n=3): return (q*k).sum(1).mean()
@@ -269,6 +292,10 @@ def test_a_target_attribute_is_asked():
     (lambda e: MoCoV2(e, candidates=Queue(4))(batch(MoCoV2(e))[0]), 'queue of 4 cannot hold the 8 keys'), (lambda e: MoCoV2(e, candidates=Queue(4)).fit_to(1000, 8), 'queue of 4'),
     (lambda e: MoCoV2(small()).fit_to(1000, 12), 'multiple of 8'), (lambda e: Method(e, (weak(16), weak(20)), pairs=((1, 0),)), '20 pixels'),
     (lambda e: Method(e, (weak(16), weak(10)), pairs=((1, 0),)), 'patches of 4'), (lambda e: Method(e, (weak(16), weak(8))), '8 pixels'),
-    (lambda e: SCE(e, lam=1.5), 'lam'), (lambda e: SCE(e, tau=0.), 'tau'), (lambda e: ReSSL(e, tau_t=-1.), 'tau_t'), (lambda e: CO2(e, alpha=-1.), 'alpha')])
+    (lambda e: SCE(e, lam=1.5), 'lam'), (lambda e: SCE(e, tau=0.), 'tau'), (lambda e: ReSSL(e, tau_t=-1.), 'tau_t'), (lambda e: CO2(e, alpha=-1.), 'alpha'),
+    (lambda e: Method(e, (weak, weak)), 'such as strong'), (lambda e: Method(e, (weak(16),)*2, target=.99), 'target must be ema'), (lambda e: Method(e, (weak(16),)*2, target=ema), 'target must be ema'),
+    (lambda e: Method(e, (weak(16),)*2, candidates='long'), 'candidates must be'), (lambda e: Method(torch.nn.Identity(), (weak(16),)*2), 'encoder must be'),
+    (lambda e: Method(e, (weak(16),)*2, objective=None), 'objective must be'), (lambda e: MoCoV3(e, tau=0), 'tau'), (lambda e: MoCoV2(small()).fit_to(1000, 8), 'at least 16'),
+    (lambda e: build_method('sce', e, tau_t=.1), 'there are setting, lam, tau, tau_m')])
 def test_bad_input(encoder, call, word):
     with pytest.raises(ValueError, match=word): call(encoder)

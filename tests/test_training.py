@@ -53,6 +53,21 @@ def test_resumed_with_a_half_filled_queue(noise, tmp_path, name):
         assert run.method.queue.next == at*64 % 200
         assert same(state(whole), state(make(weights=1, out=tmp_path/f'{at}', resume=True).fit()))
 
+def test_a_run_that_never_began_can_be_begun_again(pretrainer, tmp_path):
+    "A crash before the first checkpoint leaves a config.json alone: the folder is free."
+    run = pretrainer(out=tmp_path/'r'); run.method.objective = lambda q, k, queue: 1/0
+    with pytest.raises(ZeroDivisionError): run.fit()
+    assert [f.name for f in (tmp_path/'r').iterdir()] == ['config.json']
+    pretrainer(out=tmp_path/'r', lr=.0123).fit(1)
+    assert json.loads((tmp_path/'r'/'config.json').read_text())['lr'] == .0123
+
+def test_the_default_batch_suits_split_batch_norm(noise):
+    "100 images: a sixteenth would be 4, and eight groups want 16."
+    torch.manual_seed(0)
+    m = build_method('moco_v2', resnet('resnet18', 16, width=8), heads=(mlp(64, 16, last_norm=False, bias=True), None))
+    assert Pretrainer(m, noise.sample(100), epochs=1, progress='quiet').recipe.batch_size == 16
+    with pytest.raises(ValueError, match="data must be what images"): Pretrainer(m, 'photos')
+
 def test_a_collapse_is_named(noise, capsys):
     "A constant embedding: the log says so once, with what to try."
     torch.manual_seed(0)

@@ -258,11 +258,28 @@ def test_baselines_are_remembered_until_something_changes():
     a, b = knn(net, data, k=5), knn(net, data, k=5)
     assert [m.calls for m in made] == [2, 0] and a == b
     knn(net, data, k=6); knn(net, data, k=5, seed=1)
-    assert [m.calls for m in made] == [2, 0, 2, 2]
+    assert [m.calls for m in made] == [2, 0, 0, 2] # another k: another value of the same features
     data.train.labels = data.train.labels.flip(0)
     knn(net, data, k=5)
     assert made[-1].calls == 2
     assert knn(net, data, k=5, baselines=False).baselines == {} and len(made) == 5
+
+def test_features_are_extracted_once_for_all_protocols():
+    "kNN and linear share features; weights, labels, pixels, layer or input size that change make new ones; few are kept."
+    data, net = make_data(noise=90), Net()
+    calls = lambda f: (setattr(net, 'calls', 0), f(), net.calls)[2]
+    once = lambda **kw: knn(net, data, k=5, baselines=False, **kw)
+    assert calls(once) == 2 and calls(lambda: linear(net, data, epochs=2, baselines=False)) == 0 and calls(once) == 0
+    with torch.no_grad(): net.net[0].weight.mul_(2)
+    assert calls(once) == 2
+    data.train.labels = data.train.labels.flip(0)
+    assert calls(once) == 1 # the test split is as it was
+    data.test.images[0] = 0
+    assert calls(once) == 1 and calls(lambda: once(size=10)) == 2
+    for seed in range(5): knn(Net(seed), data, k=5, baselines=False)
+    assert len(data._features) == 6
+    fresh = make_data(noise=90); fresh.train.labels = fresh.train.labels.flip(0); fresh.test.images[0] = 0
+    assert once().value == knn(net, fresh, k=5, baselines=False).value
 
 def test_other_channel_statistics_are_another_baseline():
     data, enc = make_data(noise=120, size=16), vit('tiny', 16, 8, width=16, depth=1, heads=2)

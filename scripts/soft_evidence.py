@@ -45,10 +45,11 @@ def main():
     with ThreadPoolExecutor(a.jobs) as pool: list(pool.map(lambda r: pretrain(a, *r), runs))
     from ssl_patch.cli import load_data
     from ssl_patch.encoders import load_encoder
-    from ssl_patch.probes import knn, linear
+    from ssl_patch.probes import knn, linear, load_records
     data = load_data(a.data, 32).sample(a.subset)
     for run, _, seed in runs:
-        if not (run/'encoder.safetensors').exists() or (run/'records.jsonl').exists(): continue
+        done = {r.protocol for r in load_records(run)} if (run/'records.jsonl').exists() else set()
+        if not (run/'encoder.safetensors').exists() or done >= {'kNN', 'linear'}: continue
         encoder = load_encoder(run/'encoder.safetensors')
         for probe in (knn, linear): probe(encoder, data, name=run.name.rsplit('_seed', 1)[0].replace('_', ' '), seed=seed).save(run)
         print(run, 'probed', flush=True)

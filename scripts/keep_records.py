@@ -1,5 +1,5 @@
 "keep_records.py TARGET RUN...: copy what a results notebook reads (configuration, metrics, records: a few kB) out of run folders."
-import shutil, sys
+import re, shutil, sys
 from pathlib import Path
 
 target, runs = Path(sys.argv[1]), [Path(r) for r in sys.argv[2:]]
@@ -8,5 +8,7 @@ for run in runs:
     if missing: sys.exit(f'{run} lacks {", ".join(missing)}: is it a finished run that was probed?')
 for run in runs:
     (target/run.name).mkdir(parents=True, exist_ok=True)
-    for f in ('config.json', 'metrics.csv', 'records.jsonl'): shutil.copy(run/f, target/run.name/f)
+    for f in ('metrics.csv', 'records.jsonl'): shutil.copy(run/f, target/run.name/f)
+    # of absolute paths the last part stays: where somebody keeps programs and data is nobody's business
+    (target/run.name/'config.json').write_text(re.sub(r'(?<![\w./])(?:/[\w.+-]+)+/([\w.+-]+)', r'\1', (run/'config.json').read_text()))
     print(target/run.name)

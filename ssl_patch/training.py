@@ -373,7 +373,7 @@ class _State:
         return dict(method=self.method.name, slots=self.method.slots(), encoder=self.encoder.spec, training=asdict(self.recipe), lr=self.lr,
                     seed=self.seed, bf16=self.bf16, device=str(self.device), data=dict(name=self.data.name, train=len(self.data.train)),
                     views=[asdict(v) for v in self.method.views], versions=versions(), hardware=hardware(self.device), started=datetime.now(timezone.utc).isoformat(timespec='seconds'),
-                    command=' '.join(sys.argv), **self.note)
+                    command=' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]), **self.note)
 
     def identity(self):
         "What must agree before a checkpoint is continued, as strings."

@@ -1,7 +1,7 @@
 """Pretrain the methods of the soft family at one small budget, several seeds each, then probe them: what results/soft.ipynb reads.
 
     python scripts/soft_evidence.py cifar10 runs/soft_cifar10
-    python scripts/soft_evidence.py tiny_imagenet_40.npz runs/soft_tiny --only 'MoCo v2' ReSSL CO2 'SCE lam 0.5'
+    python scripts/soft_evidence.py tiny_imagenet_40.npz runs/soft_tiny --only 'MoCo v2' ReSSL CO2 'SCE lam 0.5' --subset 8000 --epochs 4 --lr .03
     python scripts/keep_records.py nbs/results/records/soft_cifar10 runs/soft_cifar10/*
 
 Runs that are finished are left alone, runs that were interrupted go on. Runs train two at a time.
@@ -46,7 +46,7 @@ def main():
     from ssl_patch.cli import load_data
     from ssl_patch.encoders import load_encoder
     from ssl_patch.probes import knn, linear, load_records
-    data = load_data(a.data, 32).sample(a.subset)
+    data = load_data(a.data, 32, a.subset)
     for run, _, seed in runs:
         done = {r.protocol for r in load_records(run)} if (run/'records.jsonl').exists() else set()
         if not (run/'encoder.safetensors').exists() or done >= {'kNN', 'linear'}: continue

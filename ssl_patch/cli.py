@@ -77,9 +77,7 @@ class Pretrain:
         style = self.style or ('moco_v3' if self.method == 'moco_v3' else 'aps')
         torch.manual_seed(self.seed)
         encoder = encoder_from_words(self.encoder, self.size, self.patch, style, stem=self.stem, width=self.width, depth=self.depth, heads=self.heads)
-        data = load_data(self.data, self.size)
-        if self.subset: data = data.sample(self.subset)
-        return data, build_method(self.method, encoder, **parse_options(self.options))
+        return load_data(self.data, self.size, self.subset), build_method(self.method, encoder, **parse_options(self.options))
 
     def begun(self) -> 'Pretrain':
         "The command that began the run in `out`, to go on with. `ValueError` for an option that says otherwise."
@@ -102,9 +100,11 @@ class Pretrain:
 # %% ../nbs/16_cli.ipynb #925035a1
 def load_data(name:str, # what --data takes
               size:int, # of the views: the photographs are cut to it
+              subset:int|None=None, # training images, the classes in equal parts; None: all
              ) -> ImageData:
     "Data by its name or path."
-    return images(name, size=size) if name == 'photos' else images(name)
+    data = images(name, size=size) if name == 'photos' else images(name)
+    return data.sample(subset) if subset else data
 
 def saved(run) -> Pretrain: # the run folder
     "The command that began a run. `FileNotFoundError` or `ValueError` where there is none."
@@ -131,9 +131,9 @@ class Probe:
         if not (self.run or self.encoder): raise ValueError('give a run folder, or --encoder (a file)')
         if self.data is None and self.run is None: raise ValueError('--encoder needs --data')
         enc = load_encoder(self.encoder or Path(self.run)/'encoder.safetensors')
-        data = load_data(self.data or saved(self.run).data, enc.size)
-        subset = self.subset if self.subset or self.data or not self.run else saved(self.run).subset
-        if subset: data = data.sample(subset)
+        source, subset = self.data, self.subset
+        if source is None: first = saved(self.run); source, subset = first.data, subset or first.subset
+        data = load_data(source, enc.size, subset)
         name = f"{enc.card.get('method', 'encoder')}, {enc.card.get('tower', '')} encoder"
         records = [knn(enc, data, k=self.k, T=self.T, name=name, seed=self.seed), linear(enc, data, name=name, seed=self.seed)]
         for r in records:

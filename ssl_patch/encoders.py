@@ -25,6 +25,7 @@ class Features:
 class Encoder(nn.Module):
     "What ViT and ResNet share: input checks, normalisation, a recipe (`spec`) to build the same again."
     drops_patches = False # whether `forward` takes `keep`
+    side = 1 # of a patch: what the side of an image must be a multiple of
     def __init__(self, spec, size, dim):
         super().__init__()
         self.spec,self.size,self.dim,self.sizes = spec,size,dim,{size}
@@ -37,11 +38,10 @@ class Encoder(nn.Module):
 
     def accept(self, *sizes): # image sides, pixels
         "Take square images of these sides too, as multi-crop needs. `ValueError` for a size that does not fit."
-        for n in sizes: self._fits(n)
+        for n in sizes:
+            if n < self.side or n % self.side: raise ValueError(f'images of {n} pixels do not divide into patches of {self.side}')
         self.sizes |= set(sizes)
         return self
-
-    def _fits(self, size): pass
 
     def normalise(self, x):
         if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] != x.shape[3] or x.shape[3] not in self.sizes:
@@ -105,17 +105,13 @@ class ViT(Encoder):
     drops_patches = True
     def __init__(self, net, spec):
         super().__init__(spec, net.patch_embed.img_size[0], net.embed_dim)
-        self.net,self.grid = net,net.patch_embed.grid_size
+        self.net,self.grid,self.side = net,net.patch_embed.grid_size,net.patch_embed.patch_size[0]
+        net.patch_embed.strict_img_size = False # `normalise` has checked
 
     def explicit_attention(self, on:bool=True):
         "Softmax attention written out instead of the fused kernel, whose bfloat16 backward is slow on CPUs; same result."
         for b in self.net.blocks: b.attn.fused_attn = not on
         return self
-
-    def _fits(self, size):
-        side = self.size//self.grid[0]
-        if size < side or size % side: raise ValueError(f'images of {size} pixels do not divide into patches of {side}')
-        self.net.patch_embed.strict_img_size = False
 
     def positions(self, grid):
         "The position embedding for a patch grid, resampled (timm, bicubic) where it is not the encoder's own."
@@ -126,7 +122,7 @@ class ViT(Encoder):
     def forward(self, x:Tensor, # (B,3,size,size) uint8, or float in [0,1]
                 keep:Tensor|None=None, # (B,k) token indices, row-major; None: all
                ) -> Features:
-        net, grid = self.net, (x.shape[-1]*self.grid[0]//self.size,)*2
+        net, grid = self.net, (x.shape[-1]//self.side,)*2
         t = net.patch_embed(self.normalise(x)) + self.positions(grid)
         if keep is not None: t = t.gather(1, keep[..., None].expand(-1, -1, t.shape[-1]))
         t = torch.cat([net.cls_token.expand(len(t), -1, -1).to(t.dtype), t], 1)

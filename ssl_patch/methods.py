@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['moco_v1_settings', 'moco_v2_settings', 'ressl_settings', 'sce_settings', 'co2_terms', 'methods', 'Training', 'unit',
-           'diagnose', 'Method', 'check_kinds', 'check_slots', 'loss_and_settings', 'try_objective', 'all_pairs',
-           'width_of', 'describe', 'APS', 'MoCoV3', 'Setting', 'sce_heads', 'setting_for', 'from_setting', 'MoCoV2',
-           'MoCoV1', 'ReSSL', 'patch_side', 'CO2', 'SCE', 'build_method']
+           'diagnose', 'Method', 'check_kinds', 'check_slots', 'try_objective', 'all_pairs', 'width_of', 'describe',
+           'APS', 'MoCoV3', 'Setting', 'sce_heads', 'setting_for', 'from_setting', 'MoCoV2', 'MoCoV1', 'ReSSL', 'CO2',
+           'SCE', 'build_method']
 
 # %% ../nbs/07_methods.ipynb #60e3c904
 import math, warnings
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from .encoders import Encoder, ResNet, aps_heads, mlp, moco_v3_heads
-from .losses import co2, info_nce, ressl, sce, target_entropy, target_of
+from .losses import co2, info_nce, loss_and_settings, ressl, sce, target_entropy, target_of
 from .patches import asymmetric
 from .towers import Queue, SplitBatchNorm, Trunk, ema, gather, split_batch_norm, world
 from .views import Recipe, View, alpha, aps_cifar, beta, moco_demo, moco_v1, multi_crop, strong, weak
@@ -204,12 +204,6 @@ def check_slots(encoder, views, patches, pairs):
     box = torch.tensor([[0., 0., size, size]]*2); flip = torch.zeros(2, dtype=torch.bool)
     patches(*[View(torch.zeros(2, 3, 1, 1), box, flip)]*2, encoder.grid, None)
 
-def loss_and_settings(objective):
-    "The function behind a `partial`, and its keyword arguments."
-    settings = {}
-    while isinstance(objective, partial): objective, settings = objective.func, objective.keywords | settings
-    return objective, settings
-
 def try_objective(objective, candidates):
     "A loss of the library with wrong settings: `ValueError`. One of your own is not tried."
     if loss_and_settings(objective)[0] in (info_nce, co2, sce, ressl): objective(*[torch.eye(2)]*2, torch.eye(2) if candidates else None)
@@ -372,12 +366,10 @@ def ReSSL(encoder:Encoder, # ResNet, or ViT
     s = setting_for(ressl_settings, setting, encoder.size)
     objective = partial(ressl, **s.loss | _given(tau_s=tau_s, tau_t=tau_t))
     if crops:
-        sizes = multi_crop(encoder.size, patch_side(encoder))[1:]
+        sizes = multi_crop(encoder.size, encoder.side)[1:]
         views = (weak(encoder.size), *(strong(r.size, scale=r.scale, name=f'strong {r.size} px') for r in sizes))
         slots = dict(views=views, pairs=tuple((v, 0) for v in range(1, 6)), weight=1/5) | slots
     return from_setting(encoder, s, objective, 'ReSSL', **slots)
-
-def patch_side(encoder): return encoder.size//encoder.grid[0] if encoder.drops_patches else 1 # what the size of a view must be a multiple of
 
 # %% ../nbs/07_methods.ipynb #a19ea214
 co2_terms = dict(moco_v1=dict(tau_con=.04, alpha=10.), moco_v2=dict(tau_con=.05, alpha=.3)) # of the consistency term, by host
@@ -415,7 +407,7 @@ def SCE(encoder:Encoder, # ResNet, or ViT
     if both: s = replace(s, both_ways=True, views=(alpha, beta), heads=lambda dim: sce_heads(dim, hidden, out))
     elif s.both_ways: s = replace(s, both_ways=False, views=(strong, weak), heads=lambda dim: (sce_heads(dim, hidden, out)[0], None))
     n = 6 if crops else 2
-    if crops: slots = dict(views=tuple(multi_crop(encoder.size, patch_side(encoder))), pairs=all_pairs(2, 6)) | slots
+    if crops: slots = dict(views=tuple(multi_crop(encoder.size, encoder.side)), pairs=all_pairs(2, 6)) | slots
     if both: slots = dict(weight=1/(2*(n-1))) | slots
     return from_setting(encoder, s, objective, 'SCE', **slots)
 

@@ -99,6 +99,7 @@ class EMA(nn.Module):
         f, z = self.net(x[order], None if keep is None else keep[order])
         return type(f)(f.image[back], f.patches[back], f.grid), z[back]
 
+# %% ../nbs/06_towers.ipynb #2c7fb446
 def ema(start:float=0.99, # momentum at the start of training
         end:float|None=None, # at the end, reached on a half cosine; None: constant
         when:str='before', # 'before' the keys are computed (MoCo), or 'after' the optimiser step (SCE)

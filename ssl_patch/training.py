@@ -175,6 +175,7 @@ def progress_mode() -> str: # 'notebook', 'terminal' or 'lines'
     if IN_NOTEBOOK: return 'notebook'
     return 'terminal' if sys.stdout.isatty() else 'lines'
 
+# %% ../nbs/09_training.ipynb #0f9b73ba
 class Progress:
     "Shows how far a run is: `start`, then `batch` after each batch and `epoch` after each epoch, then `close`."
     def __init__(self, mode:str|None=None, # 'notebook', 'terminal', 'lines', 'quiet'; None: found out
@@ -410,6 +411,7 @@ class _State:
         return {k: c[k] for k in ('method', 'slots', 'training', 'lr', 'seed', 'data', 'versions')} | dict(
             tower='online', epochs_done=last['epoch'], loss=last['loss'], subset_knn=last['knn'], data_note=self.data.note)
 
+# %% ../nbs/09_training.ipynb #506a3ee6
 def hardware(device) -> str: # in words
     "Name of the GPU, or of the processor with its cores and PyTorch's threads."
     if str(device).startswith('cuda'): return torch.cuda.get_device_name(device)

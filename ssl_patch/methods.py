@@ -187,6 +187,7 @@ def check_kinds(encoder, views, target, candidates, objective):
     want(candidates is None or isinstance(candidates, Queue), 'candidates', 'Queue(K), a number of keys K, or None', candidates)
     want(callable(objective), 'objective', 'a function of (q, k, queue)', objective)
 
+# %% ../nbs/07_methods.ipynb #a8a47487
 def check_slots(encoder, views, patches, pairs):
     "Slots that do not fit each other or the encoder: `ValueError`, before any work. The patch sampler is tried on two boxes."
     if not pairs or any(i not in range(len(views)) for p in pairs for i in p):
@@ -204,6 +205,7 @@ def check_slots(encoder, views, patches, pairs):
     box = torch.tensor([[0., 0., size, size]]*2); flip = torch.zeros(2, dtype=torch.bool)
     patches(*[View(torch.zeros(2, 3, 1, 1), box, flip)]*2, encoder.grid, None)
 
+# %% ../nbs/07_methods.ipynb #6d738432
 def try_objective(objective, candidates):
     "A loss of the library with wrong settings: `ValueError`. One of your own is not tried."
     if loss_and_settings(objective)[0] in (info_nce, co2, sce, ressl): objective(*[torch.eye(2)]*2, torch.eye(2) if candidates else None)

@@ -311,6 +311,8 @@ def _remembered(data, part, encoder, images, limit=2**29, **how):
     return found
 
 #| export
+
+# %% ../nbs/08_probes.ipynb #bc12f750
 def evaluate(score, # function (train_x, train_y, test_x, test_y, n_classes) -> fraction in [0, 1]; features (N,D), labels (N,)
              encoder: nn.Module, # frozen while measured, left as it was
              data, # `ImageData` with labels and a test split

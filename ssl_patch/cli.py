@@ -27,11 +27,12 @@ def encoder_from_words(name:str, # 'vit_tiny', 'vit_small', 'vit_base' or a torc
                        patch:int, # patch side of a ViT
                        style:str='aps', # of a ViT: 'aps' or 'moco_v3'
                        stem:str='auto', # of a ResNet: 'small', 'half' or 'imagenet'
+                       cells:str='layer4', # of a ResNet, what its patches are: 'layer4' or 'layer3'
                        **shape): # width of either, depth and heads of a ViT, where they differ from the named one
     "An encoder by its name. `ValueError` for names that are not known."
     if name.startswith('vit_'): return vit(name[4:], size, patch, style, **shape)
     if shape.get('depth') or shape.get('heads'): raise ValueError(f'depth and heads are for ViTs; {name} has its own')
-    return resnet(name, size, stem, shape.get('width') or 64)
+    return resnet(name, size, stem, shape.get('width') or 64, cells)
 
 def parse_options(words) -> dict: # from ('power=3', 'tau=.1')
     "`name=value` words as keyword arguments; numbers, True, False and None are read as such. `ValueError` for anything else."
@@ -50,12 +51,13 @@ class Pretrain:
     out: str # run folder, must not hold a run yet (or --resume)
     data: str = 'photos' # 'photos', 'cifar10', 'cifar100', 'stl10', a folder of images, or a packed .npz
     subset: int|None = None # train on this many images, the same for every seed, the classes in equal parts where there are labels; by default all
-    method: str = 'aps' # 'aps', 'moco_v3', 'moco_v2', 'moco_v1', 'ressl', 'co2' or 'sce'
+    method: str = 'aps' # 'aps', 'moco_v3', 'moco_v2', 'moco_v1', 'ressl', 'co2', 'sce', 'densecl', 'repco' or 'local_to_global'
     options: tuple[str, ...] = () # options of the method, e.g. --options power=3 draws=4, or lam=.5 candidates=4096; a wrong one names all there are
     encoder: str = 'vit_tiny' # 'vit_tiny', 'vit_small', 'vit_base', or a torchvision ResNet such as 'resnet18'
     size: int = 32 # side of the views, pixels
     patch: int = 4 # side of a ViT's patches, pixels
     stem: str = 'auto' # of a ResNet: 'small', 'half' or 'imagenet'; 'auto': small up to 64 pixels
+    cells: str = 'layer4' # of a ResNet: 'layer3' makes patches of the map before the last, with twice the grid
     width: int|None = None # of a ViT, or channels of a ResNet's first stage, instead of the named one
     depth: int|None = None # of a ViT, instead of the named one
     heads: int|None = None # of a ViT, instead of the named one
@@ -76,7 +78,7 @@ class Pretrain:
         if self.method not in methods: raise ValueError(f'method must be one of {list(methods)}, got {self.method!r}')
         style = self.style or ('moco_v3' if self.method == 'moco_v3' else 'aps')
         torch.manual_seed(self.seed)
-        encoder = encoder_from_words(self.encoder, self.size, self.patch, style, stem=self.stem, width=self.width, depth=self.depth, heads=self.heads)
+        encoder = encoder_from_words(self.encoder, self.size, self.patch, style, stem=self.stem, cells=self.cells, width=self.width, depth=self.depth, heads=self.heads)
         return load_data(self.data, self.size, self.subset), build_method(self.method, encoder, **parse_options(self.options))
 
     def begun(self) -> 'Pretrain':

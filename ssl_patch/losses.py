@@ -7,7 +7,8 @@ __all__ = ['similarity', 'row_similarity', 'info_nce', 'relation_kl', 'co2', 're
            'target_of', 'target_entropy', 'show_targets', 'dense_nce', 'repco_positive', 'repco_negative', 'repco',
            'local_to_global', 'token_to_image', 'token_similarity']
 
-# %% ../nbs/04_losses.ipynb #508d31f6
+# %% ../nbs/04_losses.ipynb #00d79314
+import math
 from functools import partial
 from inspect import signature
 import torch
@@ -298,10 +299,13 @@ def dense_nce(r:Tensor, # (B,M,d) online patches, unit rows (not checked)
 
 # %% ../nbs/04_losses.ipynb #7d72505b
 def _check_pairs(pairs, shape, *names):
-    want = dict(pos=(*shape,), pos_ok=(*shape,), neg=(*shape, None), neg_ok=(*shape, None))
-    for n in names: _check_index(f'pairs.{n}', getattr(pairs, n, None), want[n], torch.bool if n.endswith('ok') else torch.long)
-    if 'neg' in names and pairs.neg.shape != pairs.neg_ok.shape:
-        raise ValueError(f'pairs.neg and pairs.neg_ok must have one shape, got {tuple(pairs.neg.shape)} and {tuple(pairs.neg_ok.shape)}')
+    "`names` of 'pos' and 'neg', with their flags, for patches `shape` (B,M): negatives (B,M,k); positives (B,M), or several (B,M,P)."
+    for n in names:
+        index, ok = getattr(pairs, n, None), getattr(pairs, f'{n}_ok', None)
+        want = (*shape,) if n == 'pos' and getattr(index, 'ndim', 2) != 3 else (*shape, None)
+        _check_index(f'pairs.{n}', index, want); _check_index(f'pairs.{n}_ok', ok, want, torch.bool)
+        if index.shape != ok.shape:
+            raise ValueError(f'pairs.{n} and pairs.{n}_ok must have one shape, got {tuple(index.shape)} and {tuple(ok.shape)}')
 
 def _mean_where(x, ok): return x.where(ok, 0.).sum()/ok.sum().clamp(min=1)
 
@@ -310,62 +314,102 @@ def _draw_tokens(x, tokens, generator=None):
     if tokens is None: return x
     return _at(x, torch.rand(x.shape[:2], device=x.device, generator=generator).topk(tokens, 1).indices)
 
-# %% ../nbs/04_losses.ipynb #f65be13b
-def repco_positive(r:Tensor, # (B,M,d) online patches, unit rows (not checked)
-                   u:Tensor, # (B,M,d) target patches of the same crop, unit rows
-                   pairs, # mined pairs: pos (B,M) long, pos_ok (B,M) bool
-                   queue:Tensor|None=None, # (K,d) older keys as negatives; None: the patches of the other images in `u`
-                   tau:float=0.2, # temperature
-                   tokens:int|None=None, # without a queue: patches per image that serve as negatives, drawn anew; None: all M
-                   chunk:int|None=None, # images at a time, to bound memory: 4 x chunk x M x K bytes a table; None: all
-                   generator:torch.Generator|None=None, # of the draw of `tokens`
-                  ) -> Tensor: # scalar, mean over the patches with a positive
-    """InfoNCE of a patch and a similar patch of its image, L+ (our reading of RepCo, Lei et al. 2023). Gradient reaches `r` alone.
-    Value at chance: ln(1+K), or ln(1+(B-1)M). Raises `ValueError` on wrong shapes, pairs or settings."""
-    _check_patches(r, u, queue, same_grid=True); _check_settings(tau, chunk, tokens, u.shape[1])
-    _check_pairs(pairs, r.shape[:2], 'pos', 'pos_ok')
+# %% ../nbs/04_losses.ipynb #e26f75fa
+def _positive_scores(r, u, pairs, tau):
+    "(B,M) log-sum-exp of the scores of the positives of a patch; (B,M) whether it has one."
+    pos, ok = (x if x.ndim == 3 else x[..., None] for x in (pairs.pos, pairs.pos_ok))
+    some, s = ok.any(2), row_similarity(r[:, :, None], _at(u, pos.where(ok, 0)))/tau
+    return s.masked_fill(~ok & some[..., None], float('-inf')).logsumexp(2), some # without any the score is finite, and left out later
+
+def _local(r, u, pairs, same_ok=None):
+    "(B,M,k) similarities of a patch to its negatives; (B,M,k) which of them count."
+    ok = pairs.neg_ok if same_ok is None else pairs.neg_ok & same_ok[..., None]
+    return row_similarity(r[:, :, None], _at(u, pairs.neg.where(ok, 0))), ok
+
+# %% ../nbs/04_losses.ipynb #ec813eb9
+def _repco_nce(r, u, pairs, queue, tau, tokens, chunk, generator, beta=0., same_ok=None):
+    "L+; with `beta` the local negatives are in its denominator, weighted by beta K/k for K others."
+    _check_patches(r, u, queue); _check_settings(tau, chunk, tokens, u.shape[1])
+    _check_pairs(pairs, r.shape[:2], *(('pos', 'neg') if beta else ('pos',)))
     if tokens is not None and queue is not None: raise ValueError('tokens is for negatives from the batch; with a queue leave it None')
     u = u.detach()
     others = _draw_tokens(u, tokens, generator) if queue is None else queue.detach()
-    s = row_similarity(r, _at(u, pairs.pos.where(pairs.pos_ok, 0)))/tau
-    return _mean_where(_patch_nce(s, _rest(r, others, tau, chunk)), pairs.pos_ok)
+    (s, some), rest = _positive_scores(r, u, pairs, tau), _rest(r, others, tau, chunk)
+    if beta and pairs.neg.shape[2]:
+        local, ok = _local(r, u, pairs, same_ok)
+        K = len(others) if queue is not None else (len(u)-1)*others.shape[1]
+        local = (local/tau + math.log(beta*K/local.shape[2])).masked_fill(~ok, float('-inf'))
+        rest = torch.cat([rest[..., None], local], 2).logsumexp(2)
+    return _mean_where(_patch_nce(s, rest), some)
+
+# %% ../nbs/04_losses.ipynb #f65be13b
+def repco_positive(r:Tensor, # (B,M,d) online patches, unit rows (not checked)
+                   u:Tensor, # (B,M_k,d) target patches that the pairs name, unit rows: of the same crop, or of another
+                   pairs, # mined pairs: pos (B,M) long, pos_ok (B,M) bool; or both (B,M,P), P positives a patch
+                   queue:Tensor|None=None, # (K,d) older keys as negatives; None: the patches of the other images in `u`
+                   tau:float=0.2, # temperature
+                   tokens:int|None=None, # without a queue: patches per image that serve as negatives, drawn anew; None: all
+                   chunk:int|None=None, # images at a time, to bound memory: 4 x chunk x M x K bytes a table; None: all
+                   generator:torch.Generator|None=None, # of the draw of `tokens`
+                  ) -> Tensor: # scalar, mean over the patches with a positive
+    """InfoNCE of a patch and similar patches of its image, L+ (our reading of RepCo, Lei et al. 2023). Gradient reaches `r` alone.
+    Value at chance: ln(1+K/P), or ln(1+(B-1)M_k/P). Raises `ValueError` on wrong shapes, pairs or settings."""
+    return _repco_nce(r, u, pairs, queue, tau, tokens, chunk, generator)
+
+# %% ../nbs/04_losses.ipynb #12a55074
+def _check_same(r, u, same, same_ok):
+    "Which patch of `u` is patch i: itself, on one grid, or `same`. `ValueError` before any work."
+    _check_patches(r, u, same_grid=same is None, others=False)
+    if same is None and same_ok is not None: raise ValueError('same_ok tells which of `same` hold: give same too')
+    if same is not None: _check_index('same', same, r.shape[:2])
+    if same_ok is not None: _check_index('same_ok', same_ok, r.shape[:2], torch.bool)
 
 # %% ../nbs/04_losses.ipynb #3f62c5b9
 def repco_negative(r:Tensor, # (B,M,d) online patches, unit rows (not checked)
-                   u:Tensor, # (B,M,d) target patches of the same crop, unit rows
+                   u:Tensor, # (B,M,d) target patches of the same crop, unit rows; with `same` (B,M_k,d), of another crop
                    pairs, # mined pairs: neg (B,M,k) long, neg_ok (B,M,k) bool
                    tau:float=0.2, # temperature
+                   same:Tensor|None=None, # (B,M) long, which patch of `u` is the same place as patch i; None: i itself
+                   same_ok:Tensor|None=None, # (B,M) bool, where there is such a patch; None: everywhere
                   ) -> Tensor: # scalar, mean over the patches with at least one negative
     """A patch must be nearer to itself than to dissimilar neighbours, L- (our reading of RepCo, Lei et al. 2023). Gradient reaches `r`
     alone. Value at chance: ln(1+k). Raises `ValueError` on wrong shapes, pairs or temperature."""
-    _check_patches(r, u, same_grid=True, others=False); _check_settings(tau); _check_pairs(pairs, r.shape[:2], 'neg', 'neg_ok')
-    u, ok = u.detach(), pairs.neg_ok
-    gap = (row_similarity(r[:, :, None], _at(u, pairs.neg.where(ok, 0))) - row_similarity(r, u)[..., None])/tau
+    _check_same(r, u, same, same_ok); _check_settings(tau); _check_pairs(pairs, r.shape[:2], 'neg')
+    u = u.detach()
+    own = u if same is None else _at(u, same if same_ok is None else same.where(same_ok, 0))
+    local, ok = _local(r, u, pairs, same_ok)
+    gap = (local - row_similarity(r, own)[..., None])/tau
     return _mean_where(F.pad(gap.masked_fill(~ok, float('-inf')), (1, 0)).logsumexp(2), ok.any(2)) # the pad is the 1 in the logarithm
 
 # %% ../nbs/04_losses.ipynb #750c85f0
 def repco(r:Tensor, # (B,M,d) online patches, unit rows (not checked)
-          u:Tensor, # (B,M,d) target patches of the same crop, unit rows
-          pairs, # mined pairs: pos (B,M) and neg (B,M,k) long, pos_ok (B,M) and neg_ok (B,M,k) bool
+          u:Tensor, # (B,M,d) target patches of the same crop, unit rows; with `same` (B,M_k,d), of another crop
+          pairs, # mined pairs: pos (B,M) or (B,M,P) and neg (B,M,k) long, pos_ok and neg_ok bool; they name patches of `u`
           queue:Tensor|None=None, # (K,d) older keys as negatives of L+; None: the patches of the other images in `u`
           tau:float=0.2, # temperature of both terms
-          beta:float=1.0, # weight of L-; 0: positives only
+          beta:float=1.0, # weight of L-, or with `joint` of the local negatives; 0: positives only
           positive:bool=True, # with L+; False: negatives only
           tokens:int|None=None, # without a queue: patches per image that serve as negatives of L+; None: all M
           chunk:int|None=None, # images at a time in L+, to bound memory; None: all
           generator:torch.Generator|None=None, # of the draw of `tokens`
+          joint:bool=False, # one softmax: the local negatives in the denominator of L+, weighted by beta K/k, instead of L-
+          same:Tensor|None=None, # (B,M) long, which patch of `u` is the same place as patch i; None: i itself
+          same_ok:Tensor|None=None, # (B,M) bool, where there is such a patch (elsewhere no local negatives); None: everywhere
          ) -> Tensor: # scalar
     """L+ + beta L-, pairs from within an image (our reading of RepCo, Lei et al. 2023). Gradient reaches `r` alone.
     Raises `ValueError` on wrong shapes, pairs or settings."""
     if not 0 <= beta < float('inf'): raise ValueError(f'beta must be 0 or more, got {beta}')
     if not positive and beta == 0: raise ValueError('positive=False and beta=0 leave no term: use one of them')
+    if joint and not positive: raise ValueError('joint=True with positive=False: one softmax needs its positives')
+    _check_same(r, u, same, same_ok)
+    if joint: return _repco_nce(r, u, pairs, queue, tau, tokens, chunk, generator, beta, same_ok)
     terms = []
     if positive: terms.append(repco_positive(r, u, pairs, queue, tau, tokens, chunk, generator))
-    if beta > 0: terms.append(beta*repco_negative(r, u, pairs, tau))
+    if beta > 0: terms.append(beta*repco_negative(r, u, pairs, tau, same, same_ok))
     return sum(terms)
 
-# %% ../nbs/04_losses.ipynb #d9b0283a
-def _check_global(anchor, local, online, both=('anchor', 'local')):
+# %% ../nbs/04_losses.ipynb #42b418af
+def _check_global(anchor, local, online):
     "Shapes of global vectors and patches, and the side that learns; raises `ValueError` before any work."
     if anchor.ndim != 2: raise ValueError(f'anchor must be (B,d), one vector an image, got {tuple(anchor.shape)}')
     if local.ndim != 3 or 0 in local.shape: raise ValueError(f'local must be (B,M,d), M patches of B images, got {tuple(local.shape)}')
@@ -373,14 +417,16 @@ def _check_global(anchor, local, online, both=('anchor', 'local')):
         raise ValueError(f'anchor and local must have one width d, got {anchor.shape[1]} and {local.shape[2]}')
     if len(anchor) != len(local): raise ValueError(f'anchor and local must have the same images, got {len(anchor)} and {len(local)}')
     if len(anchor) < 2: raise ValueError('anchor: a batch of one has no negatives, use a larger batch')
-    if online not in both: raise ValueError(f'online must be {both[0]!r} or {both[1]!r}, got {online!r}')
+    if online not in ('anchor', 'local', 'both'): raise ValueError(f"online must be 'anchor', 'local' or 'both', got {online!r}")
 
-def _online(anchor, local, online): return (anchor, local.detach()) if online == 'anchor' else (anchor.detach(), local)
+def _online(anchor, local, online):
+    "Both sides, the one that does not learn without its gradient."
+    return (anchor.detach() if online == 'local' else anchor), (local.detach() if online == 'anchor' else local)
 
 def local_to_global(anchor:Tensor, # (B,d) a, global vectors of one view, unit rows (not checked)
                     local:Tensor, # (B,M,d) m, patches of the other view, unit rows
                     tau:float=0.2, # temperature
-                    online:str='anchor', # side that gets the gradient: 'anchor' or 'local'
+                    online:str='anchor', # side that gets the gradient: 'anchor' or 'local'; 'both', as in AMDIM
                     tokens:int|None=None, # patches per image, drawn anew; None: all M
                     chunk:int|None=None, # anchors at a time, to bound memory: 4 x chunk x B x M bytes a table; None: all
                     generator:torch.Generator|None=None, # of the draw of `tokens`
@@ -395,13 +441,13 @@ def local_to_global(anchor:Tensor, # (B,d) a, global vectors of one view, unit r
 def token_to_image(local:Tensor, # (B,M,d) m, patches of one view, unit rows (not checked)
                    anchor:Tensor, # (B,d) a, global vectors of the other view, unit rows
                    tau:float=0.2, # temperature
-                   online:str='local', # side that gets the gradient: 'local' or 'anchor'
+                   online:str='local', # side that gets the gradient: 'local' or 'anchor'; or 'both'
                    tokens:int|None=None, # patches per image, drawn anew; None: all M
                    generator:torch.Generator|None=None, # of the draw of `tokens`
                   ) -> Tensor: # scalar, mean over all patches
     """Each patch picks out the global vector of its image, R: the reverse of `local_to_global` (ours, for comparison).
     Gradient reaches `online` alone. Value at chance: ln B. Raises `ValueError` on wrong shapes or settings."""
-    _check_global(anchor, local, online, ('local', 'anchor')); _check_settings(tau, None, tokens, local.shape[1])
+    _check_global(anchor, local, online); _check_settings(tau, None, tokens, local.shape[1])
     a, m = _online(anchor, _draw_tokens(local, tokens, generator), online)
     return _patch_nce(row_similarity(m, a[:, None])/tau, _rest(m, a[:, None], tau)).mean()
 

@@ -6,7 +6,7 @@
 __all__ = ['as_grid', 'cell_boxes', 'keep_mask', 'show_kept', 'shared_areas', 'show_areas', 'show_patches', 'covered_fraction',
            'show_covered', 'kept_count', 'sparse_patches', 'selective_patches', 'asymmetric_patches', 'asymmetric',
            'neighbour_masks', 'Pairs', 'repco_pairs', 'show_pairs', 'dense_match', 'true_match', 'match_accuracy',
-           'show_matches']
+           'show_matches', 'pairs_across']
 
 # %% ../nbs/03_patches.ipynb #5ff9b4dc
 import math
@@ -364,22 +364,21 @@ def _check_features(x, name, like=None):
 @dataclass
 class Pairs:
     "Pairs of cells within every image of a batch, as `repco_pairs` finds them."
-    pos: Tensor  # (B,M) long, the positive of every cell: a cell of the same image
-    pos_ok: Tensor  # (B,M) bool, True where the positive counts
+    pos: Tensor  # (B,M) long, the positive of every cell: a cell of the same image; several: (B,M,P), most similar first
+    pos_ok: Tensor  # bool, as `pos`: True where the positive counts
     neg: Tensor  # (B,M,k) long, the negatives of every cell, least similar first
     neg_ok: Tensor  # (B,M,k) bool, True where the negative counts
 
 # %% ../nbs/03_patches.ipynb #cc3bb36e
 @lru_cache(maxsize=64)
 def _layout(rows, cols, far, device):
-    "far mask (M,M); cells that have a far cell (M,), and their count; neighbours (M,8), themselves where missing; which exist (M,8)."
+    "far mask (M,M); how many cells have a far cell; neighbours (M,8), themselves where missing; which exist (M,8); their slots."
     adjacent, away = neighbour_masks((rows, cols), far)
-    has = away.any(1)
     real, near = F.pad(adjacent, (0, max(0, 8 - rows * cols))).int().sort(dim=1, descending=True, stable=True)
     real = real[:, :8] > 0
     near = torch.where(real, near[:, :8], torch.arange(rows * cols)[:, None])
     slots = real.flatten().nonzero()[:, 0]  # of the adjacent pairs, in the flattened table
-    return away.to(device), has.to(device), int(has.sum()), near.to(device), real.to(device), slots.to(device)
+    return away.to(device), int(away.any(1).sum()), near.to(device), real.to(device), slots.to(device)
 
 def _quantile(x, q):
     "The quantile of the rows of x (B,n), interpolated between neighbours as numpy does it: (B,1)."
@@ -387,8 +386,18 @@ def _quantile(x, q):
     low, high = (x.sort(-1).values[:, n, None] for n in (math.floor(place), math.ceil(place)))
     return low.lerp(high, place - math.floor(place))
 
-# %% ../nbs/03_patches.ipynb #0095b62c
-def _check_mining(features, grid, far, share, negatives, quantile, gap):
+# %% ../nbs/03_patches.ipynb #40d31810
+def _partners(similar, away, positives):
+    "Cosines (B,M,P) of the most similar far cells, best first, and these cells; -inf and the cell itself where there is no more."
+    cells, similar = similar.shape[1], similar.masked_fill(~away, -math.inf)
+    if positives == 1: best, pos = (v[..., None] for v in similar.max(-1))
+    else:
+        similar = F.pad(similar, (0, max(0, positives - cells)), value=-math.inf)
+        best, pos = (v[..., :positives] for v in similar.sort(dim=-1, descending=True, stable=True))
+    return best, torch.where(best.isneginf(), torch.arange(cells, device=pos.device)[:, None], pos)
+
+# %% ../nbs/03_patches.ipynb #4d08c1ad
+def _check_mining(features, grid, far, share, negatives, quantile, gap, positives):
     "(rows, cols); `ValueError` for a wrong argument of `repco_pairs`."
     _check_features(features, 'features')
     rows, cols = as_grid(grid)
@@ -396,6 +405,7 @@ def _check_mining(features, grid, far, share, negatives, quantile, gap):
         raise ValueError(f'grid={grid} has {rows * cols} cells, but features={tuple(features.shape)} has {features.shape[1]}')
     _whole(far, 'far', 2, why=', as a neighbour has distance 1')
     _whole(negatives, 'negatives', 1, 8, why=', as a cell has 8 neighbours at most')
+    _whole(positives, 'positives', 1)
     number = lambda v: isinstance(v, Real) and not isinstance(v, bool)
     if not (number(share) and 0 < share <= 1): raise ValueError(f'share={share!r}: needs a number above 0 and at most 1')
     if not (number(quantile) and 0 < quantile < 1): raise ValueError(f'quantile={quantile!r}: needs a number above 0 and below 1')
@@ -411,17 +421,19 @@ def repco_pairs(
     negatives: int = 2,  # negatives per cell, at most: k_n, 1 to 8
     quantile: float = .25,  # of the similarities of adjacent cells, below which one counts as a negative: q_n
     gap: float | None = None,  # Delta: a negative is less similar than the positive by this much; takes the place of `quantile`
+    positives: int = 1,  # most similar far cells that are positives: k_p; with more than one, `pos` and `pos_ok` are (B,M,k_p)
 ) -> Pairs:  # positives and negatives of every cell
     """Pairs within one image: similar far cells, dissimilar adjacent ones (RepCo, doi 10.1016/j.neunet.2023.09.004, abstract). All
     thresholds are ours. Raises `ValueError` for features that are not (B,M,D), another grid, or a number out of its range."""
-    rows, cols = _check_mining(features, grid, far, share, negatives, quantile, gap)
-    away, has, count, near, real, slots = _layout(rows, cols, far, features.device)
+    rows, cols = _check_mining(features, grid, far, share, negatives, quantile, gap, positives)
+    away, count, near, real, slots = _layout(rows, cols, far, features.device)
     similar = _cosine(features, features)
     beside = similar.gather(2, near.expand(len(similar), -1, -1))  # (B,M,8)
-    best, pos = similar.masked_fill_(~away, -math.inf).max(-1)
-    pos = torch.where(has, pos, torch.arange(rows * cols, device=pos.device))
+    each, pos = _partners(similar, away, positives)
+    best = each[..., 0]
     first = best.argsort(dim=-1, descending=True, stable=True)[:, :math.ceil(share * count - 1e-9)]
-    pos_ok = torch.zeros_like(pos, dtype=torch.bool).scatter_(1, first, True)
+    pos_ok = torch.zeros_like(best, dtype=torch.bool).scatter_(1, first, True)[..., None] & ~each.isneginf()
+    if positives == 1: pos, pos_ok = pos[..., 0], pos_ok[..., 0]
     if gap is not None: limit = best - gap
     else: limit = _quantile(beside.flatten(1)[:, slots], quantile) if len(slots) else best
     least, order = (v[..., :negatives] for v in beside.masked_fill(~real, math.inf).sort(dim=-1, stable=True))
@@ -456,20 +468,21 @@ def show_pairs(
     title: str | None = None,  # text above the picture; by default how many pairs count
     ax=None,  # matplotlib axes; a new figure when None
 ):
-    "Draws the pairs within an image: blue lines to the positives of a few cells, magenta bars across all negatives. Returns the axes."
+    "Draws the pairs within an image: blue lines to all positives of a few cells, magenta bars across all negatives. Returns the axes."
     import matplotlib.pyplot as plt
     ax, x = ax or plt.subplots(figsize=(4, 4))[1], _picture(image)
-    pos, pos_ok, neg, neg_ok = (v[i].detach().cpu() for v in (pairs.pos, pairs.pos_ok, pairs.neg, pairs.neg_ok))
+    pos, pos_ok, neg, neg_ok = (v[i].detach().cpu().view(len(v[i]), -1) for v in (pairs.pos, pairs.pos_ok, pairs.neg, pairs.neg_ok))
     box = torch.tensor([[0., 0, *x.shape[:2]]])
     areas, at = cell_boxes(box, grid)[0].flatten(0, 1), _centres(box, grid)[0]
     _canvas(ax, .25 + .75 * x, f'{int(pos_ok.sum())} positives, {int(neg_ok.sum())} negatives' if title is None else title)
     a, b = neg_ok.nonzero()[:, 0], neg[neg_ok]
     middle, half = (at[a] + at[b]) / 2, (at[b] - at[a]) * .28
     _lines(ax, middle - half, middle + half, _both, 1.6)
-    counts = pos_ok.nonzero()[:, 0]
-    a = _spread(counts, cells) if isinstance(cells, int) else torch.tensor([c for c in cells if pos_ok[c]], dtype=torch.long)
-    _rectangles(ax, areas[torch.cat([a, pos[a]])], facecolor='none', edgecolor=_blue, linewidth=1.2)
-    _lines(ax, at[a], at[pos[a]], _blue)
+    counts = pos_ok.any(1)
+    chosen = _spread(counts.nonzero()[:, 0], cells) if isinstance(cells, int) else torch.tensor([c for c in cells if counts[c]]).long()
+    a, b = chosen.repeat_interleave(pos_ok[chosen].sum(1)), pos[chosen][pos_ok[chosen]]
+    _rectangles(ax, areas[torch.cat([a, b])], facecolor='none', edgecolor=_blue, linewidth=1.2)
+    _lines(ax, at[a], at[b], _blue)
     return ax
 
 # %% ../nbs/03_patches.ipynb #8ae4d385
@@ -550,3 +563,20 @@ def show_matches(
         _rectangles(ax, torch.cat([areas[part], areas[match[part]] + aside]), facecolor='none', edgecolor=color, linewidth=1.4)
         _lines(ax, at[part], at[match[part]] + aside[[1, 0]], color, 1.4)
     return ax
+
+# %% ../nbs/03_patches.ipynb #64419582
+def pairs_across(
+    pairs: Pairs,  # mined in the key view, as by `repco_pairs`: N cells
+    match: tuple[Tensor, Tensor],  # (B,M) long, the cell of the key view; (B,M) bool, True where there is one; as from `true_match`
+) -> Pairs:  # for the M cells of the query view; its numbers name cells of the key view
+    """For every cell of the query view the pairs of the place that it shows, in the key view (our variant of RepCo). Raises `ValueError`
+    unless the pairs and both parts of the match are of the same images."""
+    if not isinstance(pairs, Pairs): raise ValueError(f'pairs={type(pairs).__name__}: needs Pairs, as from repco_pairs')
+    index, ok = match if isinstance(match, (tuple, list)) and len(match) == 2 else (None, None)
+    good = all(isinstance(v, Tensor) and v.dim() == 2 and v.dtype == t for v, t in ((index, torch.long), (ok, torch.bool)))
+    if not good or index.shape != ok.shape or len(index) != len(pairs.pos):
+        got = ', '.join(f'{tuple(v.shape)} {v.dtype}' for v in match) if good else type(match).__name__
+        raise ValueError(f'match={got}: needs two tensors ({len(pairs.pos)},M), cells as long and flags as bool, as from true_match')
+    image, index = torch.arange(len(index), device=index.device)[:, None], index.where(ok, 0)
+    pos, pos_ok, neg, neg_ok = (v[image, index] for v in (pairs.pos, pairs.pos_ok, pairs.neg, pairs.neg_ok))
+    return Pairs(pos, pos_ok & (ok if pos.dim() == 2 else ok[..., None]), neg, neg_ok & ok[..., None])

@@ -4,8 +4,10 @@
 
 # %% auto #0
 __all__ = ['frozen', 'extract', 'raw_pixels', 'topk_similar', 'vote', 'knn_predict', 'standardise', 'fit_linear', 'Record',
-           'load_records', 'evaluate', 'architecture', 'accuracy', 'knn', 'linear', 'Table', 'table', 'neighbours',
-           'feature_std', 'effective_rank', 'alignment', 'uniformity']
+           'load_records', 'evaluate', 'architecture', 'accuracy', 'knn', 'linear', 'Table', 'table', 'patch_features',
+           'raw_patches', 'cell_labels', 'confusion', 'iou', 'segment', 'place_alone', 'segmentation', 'show_masks',
+           'neighbours', 'token_colours', 'show_tokens', 'heat', 'show_heat', 'feature_std', 'effective_rank',
+           'alignment', 'uniformity']
 
 # %% ../nbs/08_probes.ipynb #ee71bb14
 import copy
@@ -19,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from .data import fit
+from .encoders import Features
 
 # %% ../nbs/08_probes.ipynb #ab2db96e
 @contextmanager
@@ -178,6 +181,11 @@ def _one_thread(work): # multiplications in a step
     try: yield
     finally: torch.set_num_threads(threads)
 
+def _check_fit(epochs, lr, batch_size, weight_decay):
+    "ValueError for settings that `fit_linear` cannot work with."
+    _positive(epochs=epochs, lr=lr, batch_size=batch_size)
+    if not 0 <= weight_decay < math.inf: raise ValueError(f'weight_decay={weight_decay!r}: expected 0 or more')
+
 # %% ../nbs/08_probes.ipynb #1ea5bcbe
 def fit_linear(x: Tensor, # (N,D) features, standardised
                y: Tensor, # (N,) labels, 0 to n_classes-1
@@ -189,8 +197,7 @@ def fit_linear(x: Tensor, # (N,D) features, standardised
                seed: int = 0, # of the start and of the order; equal seed, equal result
               ) -> nn.Linear: # the classifier after the last step, on the device of x
     "Multinomial logistic regression by SGD with momentum 0.9 and a cosine schedule, per step. ValueError for bad settings."
-    _positive(n_classes=n_classes, epochs=epochs, lr=lr, batch_size=batch_size)
-    if not 0 <= weight_decay < math.inf: raise ValueError(f'weight_decay={weight_decay!r}: expected 0 or more')
+    _positive(n_classes=n_classes); _check_fit(epochs, lr, batch_size, weight_decay)
     g = torch.Generator().manual_seed(seed)
     head = nn.utils.skip_init(nn.Linear, x.shape[1], n_classes, device=x.device)
     with torch.no_grad(): head.weight.copy_(torch.randn(head.weight.shape, generator=g) * .01); head.bias.zero_()
@@ -304,15 +311,14 @@ def _remembered(data, part, encoder, images, limit=2**29, **how):
     kept = vars(data).setdefault('_features', {})
     store = getattr(data, part)
     pixels = getattr(store, 'images', None) # changed in place or not, by PyTorch's own count
-    key = _fingerprint(encoder, images.labels, *(f'{k}={v}' for k, v in sorted(how.items()))), part, id(store), id(pixels), getattr(pixels, '_version', 0)
+    what = _fingerprint(encoder, images.labels, *(f'{k}={v}' for k, v in sorted(how.items())))
+    key = what, part, id(store), id(pixels), getattr(pixels, '_version', 0)
     found = kept.pop(key, None) or extract(encoder, images, **how)
     if found[0].numel()*4 <= limit: kept[key] = found # the newest last
     for old in list(kept)[:-6]: del kept[old]
     return found
 
-#| export
-
-# %% ../nbs/08_probes.ipynb #bc12f750
+# %% ../nbs/08_probes.ipynb #52cbb713
 def evaluate(score, # function (train_x, train_y, test_x, test_y, n_classes) -> fraction in [0, 1]; features (N,D), labels (N,)
              encoder: nn.Module, # frozen while measured, left as it was
              data, # `ImageData` with labels and a test split
@@ -330,7 +336,8 @@ def evaluate(score, # function (train_x, train_y, test_x, test_y, n_classes) -> 
     size = _place(encoder, extract_args.pop('size', None), None)[0]
     classes = int(max(train.labels.max(), test.labels.max())) + 1
     def measure(enc, layer):
-        (x, y), (u, v) = (_remembered(data, part, enc, s, layer=layer, size=size, **extract_args) for part, s in (('train', train), ('test', test)))
+        how = dict(extract_args, layer=layer, size=size)
+        (x, y), (u, v) = _remembered(data, 'train', enc, train, **how), _remembered(data, 'test', enc, test, **how)
         return float(score(x, y, u, v, classes)), len(y), len(v), v.bincount().max().item() / len(v)
     value, n_train, n_test, chance = measure(encoder, layer)
     beside, memory = {}, vars(data).setdefault('_baseline_values', {})
@@ -394,8 +401,7 @@ def linear(encoder: nn.Module, # to be measured; frozen meanwhile, left as it wa
            **extract_args, # device, workers, size, amp: as in `extract`
           ) -> Record:
     "Linear-probe accuracy at the last epoch, on cached and standardised features. ValueError before any work if something does not fit."
-    _positive(epochs=epochs, lr=lr, batch_size=batch_size)
-    if not 0 <= weight_decay < math.inf: raise ValueError(f'weight_decay={weight_decay!r}: expected 0 or more')
+    _check_fit(epochs, lr, batch_size, weight_decay)
     device = extract_args.get('device') or _place(encoder, 1, None)[1]
     def score(x, y, u, v, classes):
         x, u = standardise(x.to(device), u.to(device))
@@ -432,14 +438,14 @@ def _columns(records):
     for k, r in found.items():
         same = [o for o in found.values() if o.protocol == r.protocol]
         apart = [f'{n}={v}' for n, v in r.settings.items() if any(o.settings.get(n) != v for o in same)]
-        apart += [f'{r.layer} features'] * (len({o.layer for o in same}) > 1) + [r.metric] * (len({o.metric for o in same}) > 1)
+        apart += [f'{r.layer} features'] * (len({o.layer for o in same}) > 1) + [r.metric] * (len({o.metric for o in found.values()}) > 1)
         data = [r.data] * (len({o.data for o in found.values()}) > 1)
         heads[k] = ' '.join([*data, r.protocol, *apart])
     return key, heads
 
 # %% ../nbs/08_probes.ipynb #bc66dae1
 def table(records: list[Record], # any number, of any encoders, protocols, data and seeds
-         ) -> Table: # rows: raw pixels, random encoder, encoders, chance; columns: protocols
+         ) -> Table: # rows: raw pixels, other baselines, random encoder, encoders, chance; columns: protocols
     "Compare records; mean ± standard deviation where only the seed differs. ValueError if there are none."
     records = list(records)
     if not records: raise ValueError('records: none given')
@@ -448,11 +454,15 @@ def table(records: list[Record], # any number, of any encoders, protocols, data 
     rows = {}                                                    # row -> column -> seed -> value; the order is that of the table
     def put(row, r, v): rows.setdefault(row, {}).setdefault(key(r), {})[r.seed] = v
     label = lambda what, r: f'{what} ({r.architecture})' if several else what
-    for r in records: put('raw pixels', r, r.baselines['raw pixels']) if 'raw pixels' in r.baselines else None
-    for r in records: put(label('random encoder', r), r, r.baselines['random encoder']) if 'random encoder' in r.baselines else None
+    beside = dict.fromkeys(b for r in records for b in r.baselines)
+    for what in sorted(beside, key=lambda b: (b == 'random encoder', b != 'raw pixels')):
+        for r in records:
+            if what in r.baselines: put(label(what, r) if what == 'random encoder' else what, r, r.baselines[what])
     for r in records: put(label(r.encoder, r), r, r.value)
     for r in records: put('chance', r, r.chance)
-    text = _grid([records[0].metric, *heads.values()], [[row, *(_cell(cols.get(k, {})) for k in heads)] for row, cols in rows.items()])
+    metrics = {r.metric for r in records}
+    corner = metrics.pop() if len(metrics) == 1 else 'encoder'
+    text = _grid([corner, *heads.values()], [[row, *(_cell(cols.get(k, {})) for k in heads)] for row, cols in rows.items()])
     return Table('\n'.join([*text, '', *_footnotes(records, key, heads)]))
 
 # %% ../nbs/08_probes.ipynb #2463cb4d
@@ -466,6 +476,248 @@ def _footnotes(records, key, heads):
     seeds = sorted({r.seed for r in records})
     yield f'- mean ± standard deviation over seeds {", ".join(map(str, seeds))}' if len(seeds) > 1 else f'- seed {seeds[0]}'
     yield '- chance: always answering the most common test class'
+
+# %% ../nbs/08_probes.ipynb #3df1677e
+@contextmanager
+def _accepting(encoder, size):
+    "The encoder takes images of this size inside the block. ValueError if its patches do not divide them."
+    before = set(getattr(encoder, 'sizes', ()))
+    if before:
+        try: encoder.accept(size)
+        except ValueError as e: raise ValueError(f'size={size}: {e}') from e
+    try: yield encoder
+    finally:
+        if before: encoder.sizes = before
+
+def _pictures(images, what='images'):
+    "ValueError unless these are images as uint8 (N,3,H,W)."
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        got = f'{images.dtype} {tuple(images.shape)}' if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f'{what}: expected a uint8 tensor (N,3,H,W), got {got}')
+
+# %% ../nbs/08_probes.ipynb #65dca12f
+def patch_features(encoder: nn.Module, # ViT or ResNet, or any module that returns `Features`; frozen meanwhile, left as it was
+                   images: Tensor, # (N,3,H,W) uint8; resized (antialiased) to a square
+                   size: int | None = None, # side of that square, pixels; None: `encoder.size`
+                   batch_size: int = 32, # images at a time
+                   device = None, # where to compute; None: where the encoder is
+                  ) -> tuple[Tensor, tuple]: # features (N, rows*cols, D) float32 on the CPU, and (rows, cols)
+    "What an encoder says of every patch. ValueError on bad arguments, on an encoder without patches, on features that are not finite."
+    _positive(batch_size=batch_size); _pictures(images)
+    size, here, device = _place(encoder, size, device)
+    if device != here: encoder = copy.deepcopy(encoder).to(device)
+    found = []
+    with frozen(encoder), _accepting(encoder, size):
+        for x in images.split(batch_size):
+            out = encoder(F.interpolate(x.to(device).float() / 255, (size, size), mode='bilinear', antialias=True))
+            if not hasattr(out, 'patches'): raise ValueError(f'encoder: expected one that returns Features, got a {type(out).__name__}')
+            found.append(out.patches.float().cpu())
+    z, grid = torch.cat(found), tuple(out.grid)
+    if z.shape[1] != math.prod(grid): raise ValueError(f'encoder: {z.shape[1]} patches for a grid of {grid[0]} x {grid[1]}')
+    if not z.isfinite().all(): raise ValueError('encoder: some patch features are not finite')
+    return z, grid
+
+# %% ../nbs/08_probes.ipynb #f8c5453b
+class raw_patches(nn.Module):
+    "The baseline of patches: the pixels of every cell of a grid, average-pooled to 4 x 4 colours."
+    def __init__(self,
+                 size: int, # side of the input, pixels
+                 grid: tuple, # (rows, cols)
+                ):
+        super().__init__()
+        self.size, self.grid, self.fine = size, tuple(grid), max(1, min(4, size // max(grid)))
+
+    def forward(self, x):
+        (r, c), n = self.grid, self.fine
+        x = F.adaptive_avg_pool2d(x, (r*n, c*n)).view(len(x), 3, r, n, c, n)
+        x = x.permute(0, 2, 4, 1, 3, 5).reshape(len(x), r*c, 3*n*n)
+        return Features(x.mean(1), x, self.grid)
+
+# %% ../nbs/08_probes.ipynb #82daea70
+def _label_chunks(masks, classes, ignore=None, pixels=2**22):
+    "Masks as int64, so many pixels at a time, ignored ones -1. ValueError for labels that are no class."
+    for m in masks.split(max(1, pixels // masks[0].numel())):
+        m = m.cpu().long()
+        odd = (m < 0) | (m >= classes)
+        if ignore is not None: odd, m = odd & (m != ignore), m.masked_fill(m == ignore, -1)
+        if odd.any():
+            also = '' if ignore is None else f', and ignore={ignore}'
+            raise ValueError(f'masks: label {m[odd][0]} found; accepted: 0 to {classes - 1}' + also)
+        yield m
+
+def _counts(masks, classes, ignore=None):
+    "(C,) pixels of every class."
+    return sum(torch.bincount(m[m >= 0], minlength=classes) for m in _label_chunks(masks, classes, ignore))
+
+# %% ../nbs/08_probes.ipynb #a73edbba
+def cell_labels(masks: Tensor, # (N,H,W) whole numbers
+                grid: tuple, # (rows, cols)
+                classes: int, # C; labels are 0 to C-1
+                ignore: int | None = None, # label of pixels that do not count
+               ) -> Tensor: # (N, rows*cols) int64, row-major; -1 where no pixel counts
+    "Majority class of every cell; of equal shares the smaller number. ValueError for labels that are no class."
+    (rows, cols), (H, W) = grid, masks.shape[1:]
+    r, c = ((2*torch.arange(n) + 1) * cells // (2*n) for n, cells in ((H, rows), (W, cols)))
+    cell, found = r[:, None]*cols + c, []
+    for m in _label_chunks(masks, classes, ignore):
+        at = (torch.arange(len(m))[:, None, None]*rows*cols + cell)*classes + m
+        votes = torch.bincount(at[m >= 0], minlength=len(m)*rows*cols*classes).view(len(m), rows*cols, classes)
+        found.append(torch.where(votes.amax(2) > 0, votes.argmax(2), -1))
+    return torch.cat(found)
+
+# %% ../nbs/08_probes.ipynb #4f37296c
+def confusion(truth: Tensor, # (N,H,W) whole numbers
+              pred: Tensor, # (N,H,W) predicted classes
+              classes: int, # C
+              ignore: int | None = None, # label in `truth` of pixels that do not count
+             ) -> Tensor: # (C,C) pixels; row: truth, column: prediction
+    "Confusion matrix over all pixels, chunk by chunk. ValueError if shapes differ or labels are no class."
+    if truth.shape != pred.shape: raise ValueError(f'truth {tuple(truth.shape)} and pred {tuple(pred.shape)}: expected equal shapes')
+    pairs = zip(_label_chunks(truth, classes, ignore), _label_chunks(pred, classes))
+    return sum(torch.bincount(t[t >= 0]*classes + p[t >= 0], minlength=classes**2) for t, p in pairs).view(classes, classes)
+
+def iou(matrix: Tensor, # (C,C) from `confusion`
+       ) -> Tensor: # (C,) intersection over union; nan for a class in neither truth nor prediction
+    "IoU of every class. Its `nanmean()` is mIoU."
+    both = matrix.diag().double()
+    return both / (matrix.sum(0) + matrix.sum(1) - both)
+
+# %% ../nbs/08_probes.ipynb #c4d69538
+def segment(encoder: nn.Module, # returns `Features`; frozen meanwhile, left as it was
+            train: tuple, # images (N,3,H,W) uint8 and masks (N,H,W)
+            images: Tensor, # (M,3,H,W) uint8, to be segmented
+            classes: int, # C
+            ignore: int | None = None, # label of pixels that do not count
+            size: int | None = None, # images are resized to this square, pixels; None: `encoder.size`
+            epochs: int = 100, # passes over the cells
+            lr: float = 10., # highest learning rate, for standardised features
+            batch_size: int = 128, # cells per step
+            weight_decay: float = 0., # L2 on the weights
+            seed: int = 0, # of the probe
+            device = None, # where to compute; None: where the encoder is
+           ) -> Tensor: # (M,H,W) predicted classes, uint8 (int32 above 256 classes)
+    "Fit a linear layer on frozen patch features, and predict masks: scores of patches enlarged bilinearly, then argmax."
+    _check_segmentation(train, classes, ignore, epochs, lr, batch_size, weight_decay)
+    device = _place(encoder, size, device)[2]
+    (x, grid), (u, _) = (patch_features(encoder, i, size, device=device) for i in (train[0], images))
+    y = cell_labels(train[1], grid, classes, ignore).flatten()
+    x, u = standardise(x.flatten(0, 1)[y >= 0].to(device), u.flatten(0, 1).to(device))
+    head = fit_linear(x, y[y >= 0].to(device), classes, epochs, lr, batch_size, weight_decay, seed)
+    return _enlarged(head(u).view(len(images), *grid, classes).permute(0, 3, 1, 2), images.shape[2:])
+
+def _enlarged(scores, shape, numbers=2**24):
+    "Classes (N,H,W) from scores (N,C,rows,cols): bilinear, argmax, in chunks of so many numbers."
+    chunks = scores.split(max(1, numbers // (scores.shape[1] * math.prod(shape))))
+    kind = torch.uint8 if scores.shape[1] <= 256 else torch.int32
+    return torch.cat([F.interpolate(s, tuple(shape), mode='bilinear').argmax(1).to(kind).cpu() for s in chunks])
+
+# %% ../nbs/08_probes.ipynb #75cb4973
+def _check_masks(what, pair, classes, ignore):
+    "(C,) pixels of every class of a pair (images, masks); ValueError unless they fit each other."
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2: raise ValueError(f'{what}: expected a pair (images, masks)')
+    x, m = pair
+    _pictures(x, f'{what} images')
+    if not isinstance(m, Tensor) or m.is_floating_point() or m.is_complex() or m.dtype == torch.bool:
+        raise ValueError(f'{what} masks: expected a tensor of whole numbers, got {getattr(m, "dtype", type(m).__name__)}')
+    if m.shape != (len(x), *x.shape[2:]):
+        raise ValueError(f'{what} masks: expected {(len(x), *x.shape[2:])} as the images {tuple(x.shape)}, got {tuple(m.shape)}')
+    n = _counts(m, classes, ignore)
+    if not n.any(): raise ValueError(f'{what} masks: no pixel has a class, all are ignore={ignore}')
+    return n
+
+def _check_segmentation(train, classes, ignore, epochs, lr, batch_size, weight_decay):
+    _positive(classes=classes); _check_fit(epochs, lr, batch_size, weight_decay)
+    if (_check_masks('train', train, classes, ignore) > 0).sum() < 2: raise ValueError('train masks: only one class; nothing to tell apart')
+
+# %% ../nbs/08_probes.ipynb #90fe014d
+def place_alone(masks: Tensor, # (N,H,W) of the training images
+                shape: tuple, # (M,H,W) of the answer; another height and width are read off by nearest neighbour
+                classes: int, # C
+                ignore: int | None = None, # label of pixels that do not count
+               ) -> Tensor: # (M,H,W), M times the same
+    "The most frequent training class of every pixel; where none was ever seen, the most frequent of all."
+    seen = torch.zeros(classes, *masks.shape[1:], dtype=torch.long)
+    for m in _label_chunks(masks, classes, ignore):
+        for c in range(classes): seen[c] += (m == c).sum(0)
+    best = torch.where(seen.amax(0) > 0, seen.argmax(0), seen.sum((1, 2)).argmax())
+    return F.interpolate(best[None, None].double(), tuple(shape[1:]), mode='nearest-exact')[0].long().expand(*shape)
+
+# %% ../nbs/08_probes.ipynb #ca2c4b1d
+_SCORES = {'mIoU': lambda m: iou(m).nanmean().item(), 'pixel accuracy': lambda m: (m.trace() / m.sum()).item()}
+
+def segmentation(encoder: nn.Module, # to be measured: returns `Features`; frozen meanwhile, left as it was
+                 train: tuple, # images (N,3,H,W) uint8 and masks (N,H,W)
+                 test: tuple, # images (M,3,H,W) uint8 and masks (M,H,W)
+                 classes: int, # C; labels are 0 to C-1
+                 ignore: int | None = None, # label of pixels that do not count
+                 size: int | None = None, # images are resized to this square, pixels; None: `encoder.size`. Masks keep their size
+                 epochs: int = 100, # passes over the cells
+                 lr: float = 10., # highest learning rate, for standardised features
+                 batch_size: int = 128, # cells per step
+                 weight_decay: float = 0., # L2 on the weights
+                 metric: str = 'mIoU', # or 'pixel accuracy'
+                 name: str = 'encoder', # which encoder this is: 'online', 'target', ...
+                 data: str = 'array', # name of the data, for the record
+                 note: str = '', # what the masks mean, for the record
+                 seed: int = 0, # of the probe, of the random encoder, and for the record
+                 baselines: bool = True, # also raw pixels, place alone and `encoder.fresh(seed)`
+                 device = None, # where to compute; None: where the encoder is
+                ) -> Record:
+    "Linear segmentation on frozen patch features. ValueError before any work if arguments or data do not fit."
+    if metric not in _SCORES: raise ValueError(f'metric={metric!r}: expected one of {tuple(_SCORES)}')
+    settings = dict(epochs=epochs, lr=lr, batch_size=batch_size, weight_decay=weight_decay)
+    _check_segmentation(train, classes, ignore, **settings)
+    common, (size, _, device) = _check_masks('test', test, classes, ignore).argmax(), _place(encoder, size, device)
+    def score(pred): return _SCORES[metric](confusion(test[1], pred, classes, ignore))
+    def probe(net): return score(segment(net, train, test[0], classes, ignore, size, **settings, seed=seed, device=device))
+    value, beside = probe(encoder), {}
+    if baselines:
+        grid = patch_features(encoder, test[0][:1], size, device=device)[1]
+        beside = {'raw pixels': probe(raw_patches(size, grid)), 'place alone': score(place_alone(train[1], test[1].shape, classes, ignore))}
+        if hasattr(encoder, 'fresh'): beside['random encoder'] = probe(encoder.fresh(seed))
+    return Record('linear segmentation', value, name, data, score(common.expand(test[1].shape)), metric, architecture(encoder), 'patches',
+                  dict(settings, size=size), note, len(train[0]), len(test[0]), classes, seed, beside)
+
+# %% ../nbs/08_probes.ipynb #50a47f76
+def _sheet(pictures, columns, draw, title='', wide=1.3):
+    "Figure with a row per picture: the picture, then for every name in `columns` what `draw(ax, i, columns[name])` draws."
+    import matplotlib.pyplot as plt
+    words, rows = ['image', *columns], len(pictures)
+    tall, head = wide * pictures.shape[2] / pictures.shape[3], .08 + .13*max(w.count('\n') + 1 for w in words) + .2*bool(title)
+    fig, axs = plt.subplots(rows, len(words), figsize=(wide*len(words), tall*rows + head), squeeze=False)
+    for i, row in enumerate(axs):
+        row[0].imshow(pictures[i].permute(1, 2, 0).cpu().numpy())
+        for ax, column in zip(row[1:], columns.values()): draw(ax, i, column)
+        for ax in row: ax.axis('off')
+    for ax, word in zip(axs[0], words): ax.set_title(word, fontsize=7, pad=3)
+    if title: fig.suptitle(title, fontsize=8, y=.99, va='top')
+    fig.subplots_adjust(0, 0, 1, 1 - head/(tall*rows + head), .04, .04)
+    plt.close(fig)
+    return fig
+
+def _columns_of(what, given, n):
+    "A dict of columns, each with n entries; ValueError if not."
+    given = given if isinstance(given, dict) else {what: given}
+    if not given: raise ValueError(f'{what}: none given')
+    for name, v in given.items():
+        if not isinstance(v, Tensor) or v.ndim != 3 or len(v) != n:
+            raise ValueError(f'{what}: {name!r} does not fit; expected a tensor ({n}, rows, columns), one for each picture')
+    return given
+
+# %% ../nbs/08_probes.ipynb #3069b825
+def show_masks(pictures: Tensor, # (N,3,H,W) uint8, or float in [0,1]
+               masks, # (N,H,W) whole numbers, or a dict name -> such
+               classes: int, # C; every class has its colour
+               ignore: int | None = None, # drawn white, as all that is no class
+              ): # -> matplotlib Figure, a row per picture
+    "Pictures beside their masks: truth, predictions. ValueError if they do not fit."
+    import matplotlib.pyplot as plt
+    colour = torch.tensor(plt.get_cmap('tab10' if classes <= 10 else 'tab20').colors).float()
+    def draw(ax, i, m):
+        m = m[i].cpu().long()
+        gone = (m < 0) | (m >= classes) | (torch.zeros_like(m, dtype=torch.bool) if ignore is None else m == ignore)
+        ax.imshow(colour[m % len(colour)].masked_fill(gone[..., None], 1.).numpy(), interpolation='nearest')
+    return _sheet(pictures, _columns_of('masks', masks, len(pictures)), draw)
 
 # %% ../nbs/08_probes.ipynb #db98ade8
 def _frame(ax, store, i, colour, title):
@@ -519,6 +771,64 @@ def _draw_neighbours(asked, queries, train, sims, inds, k, own):
     fig.suptitle('query, and its nearest training images with cosine similarity' + colours, fontsize=7)
     plt.close(fig)
     return fig
+
+# %% ../nbs/08_probes.ipynb #5eae729c
+def token_colours(patches: Tensor, # (N,M,D) patch features, D >= 3
+                  whiten: bool = True, # stretch each component by itself; False: all as the first, so weak ones stay grey
+                 ) -> Tensor: # (N,M,3) in [0,1]
+    "First three principal components over all patches of all images, 2.5 standard deviations either way. ValueError if D < 3."
+    if patches.ndim != 3 or patches.shape[2] < 3: raise ValueError(f'patches: expected (N,M,D) with D >= 3, got {tuple(patches.shape)}')
+    z = patches.flatten(0, 1).double()
+    z = z - z.mean(0)
+    z = z @ torch.linalg.eigh(z.T @ z)[1][:, -3:].flip(1)
+    z = z * z.gather(0, z.abs().argmax(0, keepdim=True)).sign()
+    std = z.std(0, correction=0)
+    z = z / (std if whiten else std[:1]).clamp_min(1e-12)
+    return (.5 + z / 5).clamp(0, 1).float().view(*patches.shape[:2], 3)
+
+# %% ../nbs/08_probes.ipynb #d3c356b8
+def show_tokens(encoders: dict, # name -> encoder that returns `Features`
+                images: Tensor, # (N,3,H,W) uint8
+                size: int | None = None, # input size, pixels; None: each encoder's own
+                whiten: bool = True, # stretch each component by itself
+                device = None, # where to compute; None: where the encoder is
+               ): # -> matplotlib Figure: a row per image, a column per encoder
+    "Patch features as colours: principal components over these images together. ValueError if encoders and images do not fit."
+    if not isinstance(encoders, dict) or not encoders: raise ValueError('encoders: expected a dict, name -> encoder')
+    columns = {}
+    for name, enc in encoders.items():
+        z, (rows, cols) = patch_features(enc, images, size, device=device)
+        columns[f'{name}\n{rows} x {cols}'] = token_colours(z, whiten).view(len(z), rows, cols, 3)
+    w, h = images.shape[3], images.shape[2]
+    return _sheet(images, columns, lambda ax, i, c: ax.imshow(c[i].numpy(), interpolation='nearest', extent=(0, w, h, 0)))
+
+# %% ../nbs/08_probes.ipynb #73928ad3
+def heat(image_vectors: Tensor, # (B,d) one vector that asks for each image
+         patches: Tensor, # (B,M,d) patch features, row-major
+         grid: tuple, # (rows, cols), M = rows x cols
+        ) -> Tensor: # (B,rows,cols) cosines, -1 to 1
+    "Cosine similarity of a vector with every patch. ValueError if shapes do not fit."
+    B, M, d = patches.shape if patches.ndim == 3 else (-1, -1, -1)
+    if image_vectors.shape != (B, d) or M != math.prod(grid):
+        raise ValueError(f'image_vectors {tuple(image_vectors.shape)}, patches {tuple(patches.shape)}, grid {tuple(grid)}: '
+                         'expected (B,d), (B, rows*cols, d) and (rows, cols)')
+    return F.cosine_similarity(image_vectors[:, None].float(), patches.float(), dim=2).view(B, *grid)
+
+# %% ../nbs/08_probes.ipynb #b2b916d2
+def show_heat(pictures: Tensor, # (B,3,H,W) uint8, or float in [0,1]
+              maps, # (B,rows,cols), or a dict name -> such, as `heat` gives
+              title: str = '', # above the figure
+              strength: float = .6, # of the colours over the picture, 0 to 1
+             ): # -> matplotlib Figure: a row per picture, a column per map
+    "Maps over pictures, dark: lowest, bright: highest of each map; these two are written into it. ValueError if they do not fit."
+    maps, (h, w) = _columns_of('maps', maps, len(pictures)), pictures.shape[2:]
+    grey = pictures.cpu().float().mean(1)
+    def draw(ax, i, m):
+        ax.imshow(grey[i].numpy(), cmap='gray')
+        m = m[i].detach().float().cpu()
+        ax.imshow(m.numpy(), cmap='inferno', alpha=strength, interpolation='bilinear', extent=(-.5, w - .5, h - .5, -.5))
+        ax.text(.03, .03, f'{m.min():.2f} to {m.max():.2f}', transform=ax.transAxes, fontsize=6, color='white')
+    return _sheet(pictures, maps, draw, title)
 
 # %% ../nbs/08_probes.ipynb #e521823d
 def feature_std(z: Tensor, # (N,D) features

@@ -38,6 +38,25 @@ def draw_pairs(g, B, M, k=2, share=.5):
     def flag(*s): return torch.rand(s, generator=g) < share
     return SimpleNamespace(pos=index(B, M), pos_ok=flag(B, M), neg=index(B, M, k), neg_ok=flag(B, M, k))
 
+def several(g, B, M, P, k, M_k, share=.5):
+    "Any pairs that name M_k patches, P positives and k negatives a patch."
+    def index(n): return torch.randint(M_k, (B, M, n), generator=g)
+    def flag(n): return torch.rand(B, M, n, generator=g) < share
+    return SimpleNamespace(pos=index(P), pos_ok=flag(P), neg=index(k), neg_ok=flag(k))
+
+def slow_readings(r, u, pairs, queue, tau, beta, joint, same=None, same_ok=None):
+    "RepCo in plain floats: several positives in one numerator, another crop, one softmax or two terms. Needs scores of moderate size."
+    plus, minus, k = [], [], pairs.neg.shape[2]
+    for b, i in cells(r):
+        def e(v): return math.exp(float(r[b, i] @ v)/tau)
+        others = elsewhere(u, b) if queue is None else list(queue)
+        right = sum(e(u[b, j]) for j, ok in zip(pairs.pos[b, i].view(-1), pairs.pos_ok[b, i].view(-1)) if ok)
+        local = sum(e(u[b, j]) for j, ok in zip(pairs.neg[b, i], pairs.neg_ok[b, i]) if ok and (same_ok is None or same_ok[b, i]))
+        wrong = sum(map(e, others)) + (beta*len(others)/k*local if joint and k else 0)
+        if right: plus.append(math.log(1 + wrong/right))
+        if local and not joint: minus.append(math.log(1 + local/e(u[b, i if same is None else same[b, i]])))
+    return mean(plus) if joint else mean(plus) + beta*mean(minus)
+
 def few(f): return settings(max_examples=40, deadline=None)(f)
 images, patches, widths, seeds = st.integers(2, 5), st.integers(1, 7), st.integers(1, 17), st.integers(0, 10**6)
 temperatures, chunks = st.sampled_from([.02, .07, .2, 1.]), st.sampled_from([None, 1, 2, 99])
@@ -58,12 +77,28 @@ def test_repco(B, M, d, K, k, tau, chunk, share, seed):
     for beta, positive, want in ((1., True, plus + minus), (.25, True, plus + .25*minus), (0., True, plus), (2., False, 2*minus)):
         assert repco(r, u, pairs, queue, tau, beta, positive, chunk=chunk).item() == pytest.approx(want, abs=1e-9)
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 3), st.sampled_from([1, 4, 8, 49]), st.integers(1, 6), st.integers(0, 4), st.integers(0, 3),
+       st.sampled_from([0, 5, 33]), st.sampled_from([.07, .2, 1.]), chunks, st.sampled_from([0., .5, 2.]), seeds)
+def test_readings_of_repco(B, M, M_k, P, k, K, tau, chunk, share, seed):
+    g = torch.Generator().manual_seed(seed)
+    r, u, queue, p = unit(g, B, M, 7), unit(g, B, M_k, 7), unit(g, K, 7) if K else None, several(g, B, M, P, k, M_k, share)
+    if P == 0: p.pos, p.pos_ok = torch.randint(M_k, (B, M), generator=g), torch.rand(B, M, generator=g) < share  # the plain shape
+    same, some = torch.randint(M_k, (B, M), generator=g), torch.rand(B, M, generator=g) < .5
+    assert repco_positive(r, u, p, queue, tau, chunk=chunk).item() == pytest.approx(slow_readings(r, u, p, queue, tau, 0, True), abs=1e-9)
+    for beta in (0., .3, 1.):
+        for joint in (False, True):
+            for ok in (None, some):
+                want = slow_readings(r, u, p, queue, tau, beta, joint, same, ok)
+                got = repco(r, u, p, queue, tau, beta, chunk=chunk, joint=joint, same=same, same_ok=ok)
+                assert got.item() == pytest.approx(want, abs=1e-9)
+
 @few
 @given(images, patches, widths, temperatures, chunks, seeds)
 def test_local_to_global_and_back(B, M, d, tau, chunk, seed):
     g = torch.Generator().manual_seed(seed)
     a, m = unit(g, B, d), unit(g, B, M, d)
-    for online in ('anchor', 'local'):
+    for online in ('anchor', 'local', 'both'):
         assert local_to_global(a, m, tau, online, chunk=chunk).item() == pytest.approx(slow_global(a, m, tau), abs=1e-9)
         assert token_to_image(m, a, tau, online).item() == pytest.approx(slow_reverse(m, a, tau), abs=1e-9)
 
@@ -91,6 +126,12 @@ def everything():
     yield 'repco, batch', lambda r, u, **kw: repco(r, u, p, **kw), (r, u)
     yield 'positive', lambda r, u, **kw: repco(r, u, p, beta=0, **kw), (r, u)
     yield 'negative', lambda r, u, **kw: repco(r, u, p, positive=False, **kw), (r, u)
+    s, where, ok = several(g, B, M, 3, 2, 6), torch.randint(6, (B, M), generator=g), torch.rand(B, M, generator=g) < .6
+    other = unit(g, B, 6, d)
+    yield 'several', lambda r, u, z, **kw: repco_positive(r, u, s, z, **kw), (r, other, queue)
+    yield 'joint, queue', lambda r, u, z, **kw: repco(r, u, s, z, joint=True, same=where, **kw), (r, other, queue)
+    yield 'joint, batch', lambda r, u, **kw: repco(r, u, p, joint=True, beta=.3, **kw), (r, u)
+    yield 'other crop', lambda r, u, **kw: repco(r, u, s, same=where, same_ok=ok, **kw), (r, other)
     yield 'anchor', local_to_global, (a, u)
     yield 'local', lambda m, a, **kw: local_to_global(a, m, online='local', **kw), (u, a)
     yield 'token', token_to_image, (u, a)
@@ -104,6 +145,19 @@ def test_gradient_reaches_the_online_side_alone(name):
     f(online, *targets).backward()
     assert online.grad.abs().sum() > 0 and all(x.grad is None for x in targets)
     assert torch.autograd.gradcheck(lambda x: f(x, *targets), online)
+
+@pytest.mark.parametrize('chunk', [None, 2])
+def test_both_sides_learn(chunk):
+    "The gradient of each side is the one that it gets alone, in `local_to_global` and its reverse."
+    g = torch.Generator().manual_seed(6)
+    a, m = unit(g, B, d).requires_grad_(), unit(g, B, M, d).requires_grad_()
+    for f in (lambda a, m, side: local_to_global(a, m, online=side, chunk=chunk), lambda a, m, side: token_to_image(m, a, online=side)):
+        both = torch.autograd.grad(f(a, m, 'both'), (a, m))
+        for x, side, got in zip((a, m), ('anchor', 'local'), both):
+            assert torch.allclose(got, torch.autograd.grad(f(a, m, side), x)[0], atol=1e-12)
+        assert torch.autograd.gradcheck(lambda a, m: f(a, m, 'both'), (a, m))
+        drawn = local_to_global(a, m, online='both', tokens=2, generator=g)
+        assert all(x.abs().sum() > 0 for x in torch.autograd.grad(drawn, (a, m)))
 
 @pytest.mark.parametrize('name', [n for n in CASES if n not in ('token', 'image')])
 @pytest.mark.parametrize('chunk', [1, 2, 3])
@@ -139,7 +193,9 @@ def test_identical_rows():
     x = torch.ones(8, 6, 4, dtype=torch.float64)/2
     match, p = torch.zeros(8, 6, dtype=torch.long), draw_pairs(torch.Generator(), 8, 6, share=2)
     for loss, n in ((dense_nce(x, x, match), 8), (dense_nce(x, x, match, x[:, 0]), 9), (repco_positive(x, x, p), 43),
-                    (repco_negative(x, x, p), 3),
+                    (repco_negative(x, x, p), 3), (repco(x, x, p, joint=True), 1 + 42 + 42),
+                    (repco(x, x, p, x[0], joint=True, beta=.5), 1 + 6 + 3), (repco(x, x, p, joint=True, tokens=2), 1 + 14 + 14),
+                    (repco_positive(x, x, several(torch.Generator(), 8, 6, 3, 2, 6, share=2)), 1 + 42/3),
                     (repco_positive(x, x, p, tokens=2), 15), (local_to_global(x[:, 0], x), 43), (token_to_image(x, x[:, 0]), 8)):
         assert loss.item() == pytest.approx(math.log(n), abs=1e-9)
     assert [s.item() for s in token_similarity(x)] == pytest.approx([1, 1])
@@ -177,11 +233,55 @@ def test_empty_sets(queue):
     g = torch.Generator().manual_seed(2)
     r, u, z, p = unit(g, 3, 4, 5).requires_grad_(), unit(g, 3, 4, 5), unit(g, 6, 5) if queue else None, draw_pairs(g, 3, 4, share=-1)
     p.pos[:], p.neg[:] = 10**9, -10**9 # never looked at
-    for kw in ({}, dict(beta=0), dict(positive=False)):
+    nowhere = dict(same=p.neg[..., 0], same_ok=torch.zeros(3, 4, dtype=torch.bool))
+    for kw in ({}, dict(beta=0), dict(positive=False), dict(joint=True), nowhere, nowhere | dict(joint=True)):
         loss = repco(r, u, p, z, **kw)
         assert loss.item() == 0 and torch.autograd.grad(loss, r)[0].abs().max() == 0
     p.neg = p.neg[..., :0]; p.neg_ok = p.neg_ok[..., :0]
     assert repco(r, u, p, z).item() == 0
+    p.pos, p.pos_ok = p.pos[..., None][..., :0], p.pos_ok[..., None][..., :0]
+    for joint in (False, True):
+        loss = repco(r, u, p, z, joint=joint)
+        assert loss.item() == 0 and torch.autograd.grad(loss, r)[0].abs().max() == 0
+
+def test_one_softmax():
+    "Without local negatives, or with beta=0, it is L+; the other readings are L+ and L- when nothing is asked of them."
+    g = torch.Generator().manual_seed(7)
+    r, u, z = unit(g, 3, 6, 5).requires_grad_(), unit(g, 3, 6, 5), unit(g, 9, 5)
+    p, none = draw_pairs(g, 3, 6), draw_pairs(g, 3, 6)
+    none.neg_ok[:], none.neg[:] = False, 10**9
+    for queue in (None, z):
+        for pairs, kw in ((none, dict(joint=True)), (p, dict(joint=True, beta=0.)), (p, dict(joint=True, beta=0., tokens=2)), (none, {})):
+            if queue is not None and 'tokens' in kw: continue
+            draw = dict(tokens=kw['tokens']) if 'tokens' in kw else {}
+            got = repco(r, u, pairs, queue, **kw, generator=torch.Generator().manual_seed(1))
+            want = repco_positive(r, u, pairs, queue, **draw, generator=torch.Generator().manual_seed(1))
+            assert torch.allclose(got, want, atol=1e-12)
+            assert torch.allclose(*(torch.autograd.grad(x, r)[0] for x in (got, want)), atol=1e-12)
+        assert torch.equal(repco(r, u, p, queue), repco(r, u, p, queue, same=torch.arange(6).expand(3, 6)))
+        one = SimpleNamespace(**vars(p) | dict(pos=p.pos[..., None], pos_ok=p.pos_ok[..., None]))
+        assert torch.equal(repco(r, u, p, queue), repco(r, u, one, queue))
+
+def test_missing_positives_and_unseen_places_do_not_matter():
+    g = torch.Generator().manual_seed(8)
+    r, u, z, p = unit(g, 2, 5, 4), unit(g, 2, 3, 4), unit(g, 7, 4), several(g, 2, 5, 3, 2, 3)
+    same, ok = torch.randint(3, (2, 5), generator=g), torch.rand(2, 5, generator=g) < .5
+    losses = []
+    for wild in (False, True):
+        if wild: p.pos[~p.pos_ok], p.neg[~p.neg_ok], same[~ok] = 10**9, -10**9, 10**9
+        losses += [[repco(r, u, p, z, joint=j, same=same, same_ok=ok).item() for j in (False, True)]]
+    assert losses[0] == losses[1]
+    off = SimpleNamespace(**vars(p) | dict(neg_ok=p.neg_ok & ok[..., None]))
+    assert repco_negative(r, u, p, same=same, same_ok=ok).item() == repco_negative(r, u, off, same=same.where(ok, 0)).item()
+
+def test_chance_of_readings():
+    "Random vectors in 128 dimensions: DenseCL's queue, the dense negatives of a batch, and two equal terms in one softmax."
+    g = torch.Generator().manual_seed(9)
+    r, u, z, p = unit(g, 4, 32, 128), unit(g, 4, 32, 128), unit(g, 16384, 128), draw_pairs(g, 4, 32, share=2)
+    more = several(g, 4, 32, 4, 2, 32, share=2)
+    assert repco_positive(r, u, p, z).item() == pytest.approx(math.log(16385) + 1/(2*128*.2**2), abs=.1)
+    assert repco_positive(r, u, more, z).item() == pytest.approx(math.log(1 + 16384/4), abs=.1)
+    assert repco(r, u, more, z, joint=True).item() == pytest.approx(math.log(1 + 2*16384/4), abs=.15)
 
 def test_patches_without_pairs_get_no_gradient():
     g = torch.Generator().manual_seed(3)
@@ -229,7 +329,14 @@ def but(**kw): return SimpleNamespace(**(vars(pairs) | kw))
     (dict(pairs=draw_pairs(torch.Generator(), 2, 9)), r'pairs\.pos'), (dict(pairs=but(pos_ok=match)), r'pairs\.pos_ok'),
     (dict(pairs=None), r'pairs\.pos'),
     (dict(pairs=but(neg=match)), r'pairs\.neg'), (dict(pairs=but(neg_ok=pairs.neg_ok[..., :1])), 'one shape'),
-    (dict(queue=torch.ones(5)), 'queue')])
+    (dict(queue=torch.ones(5)), 'queue'), (dict(joint=True, positive=False), 'joint=True with positive=False'),
+    (dict(joint=True, pairs=but(neg=match)), r'pairs\.neg'), (dict(joint=True, beta=-1.), 'beta'),
+    (dict(pairs=but(pos=match[..., None])), r'pairs\.pos_ok'),
+    (dict(pairs=but(pos=match[:, :3, None], pos_ok=pairs.pos_ok[:, :3, None])), r'pairs\.pos'),
+    (dict(pairs=but(pos=match[..., None], pos_ok=pairs.pos_ok[..., None].repeat(1, 1, 2))), 'one shape'),
+    (dict(same=match[:, :3]), 'same must be'), (dict(same=match.float()), 'same must be'), (dict(same_ok=pairs.pos_ok), 'give same too'),
+    (dict(same=match, same_ok=match), 'same_ok must be'), (dict(same=match, u=x[..., :2]), 'width'),
+    (dict(joint=True, u=x[:, :3]), 'one grid'), (dict(beta=0., u=x[:, :3]), 'one grid')])
 def test_bad_input_of_repco(args, word):
     with pytest.raises(ValueError, match=word): repco(**(dict(r=x, u=x, pairs=pairs) | args))
 
@@ -241,7 +348,7 @@ def test_a_batch_of_one():
 @pytest.mark.parametrize('args, word', [
     (dict(tau=0), 'tau'), (dict(anchor=x), 'anchor must be'), (dict(local=x[0]), 'local must be'), (dict(anchor=x[:, 0, :2]), 'width'),
     (dict(local=x[:1]), 'same images'),
-    (dict(anchor=x[:1, 0], local=x[:1]), 'batch of one'), (dict(online='both'), 'online'), (dict(tokens=5), 'tokens'),
+    (dict(anchor=x[:1, 0], local=x[:1]), 'batch of one'), (dict(online='all'), 'online'), (dict(tokens=5), 'tokens'),
     (dict(tokens=0), 'tokens')])
 def test_bad_input_of_local_to_global(args, word):
     for f in (local_to_global, token_to_image):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from ssl_patch.patches import (Pairs, cell_boxes, dense_match, match_accuracy, neighbour_masks, repco_pairs, show_matches, show_pairs,
-                               true_match)
+from ssl_patch.patches import (Pairs, cell_boxes, dense_match, match_accuracy, neighbour_masks, pairs_across, repco_pairs, show_matches,
+                               show_pairs, true_match)
 from ssl_patch.views import View
 
 GRIDS = [(1, 1), (1, 8), (7, 7), (14, 14), (16, 16)]
@@ -61,6 +61,24 @@ def test_mining_is_the_double_loop(grid, far, share, negatives, quantile, gap, t
     for b in range(2):
         pos, neg = reference(x[b], *grid, far, share, negatives, quantile, gap)
         assert counted(fast, b) == (pos, neg)
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(sides, st.integers(2, 4), twentieths(1, 20), st.integers(2, 40), st.none() | st.just(.5), st.booleans(), st.integers(0, 2**31))
+def test_several_positives_are_the_next_best(grid, far, share, k, gap, tied, seed):
+    m = math.prod(grid)
+    x = torch.randn(2, m, 4, generator=gen(seed), dtype=torch.float64)
+    if tied: x = torch.eye(3, dtype=torch.float64)[torch.randint(3, (2, m), generator=gen(seed))]
+    one, more = (repco_pairs(x, grid, far, float(share), gap=gap, positives=n) for n in (1, k))
+    assert more.pos.shape == more.pos_ok.shape == (2, m, k) and more.pos.dtype == torch.long and more.pos_ok.dtype == torch.bool
+    assert torch.equal(more.pos[..., 0], one.pos) and torch.equal(more.pos_ok[..., 0], one.pos_ok)
+    assert torch.equal(more.neg, one.neg) and torch.equal(more.neg_ok, one.neg_ok)
+    away = neighbour_masks(grid, far)[1].tolist()
+    for b in range(2):
+        A = cosines(x[b])
+        for i in range(m):
+            want = sorted((j for j in range(m) if away[i][j]), key=lambda j: (-A[i][j], j))[:k]
+            assert more.pos[b, i].tolist() == want + [i] * (k - len(want))
+            assert more.pos_ok[b, i].tolist() == [bool(one.pos_ok[b, i])] * len(want) + [False] * (k - len(want))
 
 @pytest.mark.parametrize('grid', GRIDS)
 @pytest.mark.parametrize('far', [2, 4])
@@ -154,6 +172,7 @@ x49 = torch.randn(2, 49, 8)
     (dict(share=0), 'share=0'), (dict(share=1.01), 'share=1.01'), (dict(share=True), 'share=True'), (dict(share=math.nan), 'share=nan'),
     (dict(quantile=0), 'quantile=0'), (dict(quantile=1), 'quantile=1'), (dict(negatives=0), 'negatives=0'),
     (dict(negatives=1.5), 'negatives=1.5'), (dict(negatives=9), 'negatives=9'), (dict(far=1), 'far=1'), (dict(far=2.), 'far=2.0'),
+    (dict(positives=0), 'positives=0'), (dict(positives=True), 'positives=True'), (dict(positives=1.5), 'positives=1.5'),
     (dict(gap=-.1), 'gap=-0.1'), (dict(gap=math.inf), 'gap=inf'), (dict(gap='x'), "gap='x'")])
 def test_wrong_mining(kw, text):
     with pytest.raises(ValueError) as e: repco_pairs(**(dict(features=x49, grid=7) | kw))
@@ -211,6 +230,49 @@ def test_mirroring_both_views_mirrors_the_match():
     (index, ok), (index2, ok2) = true_match(q, k, (6, 7)), true_match(View(q.x, q.box, ~q.flip), View(k.x, k.box, ~k.flip), (6, 7))
     assert torch.equal(ok[:, mirror], ok2) and torch.equal(mirror[index[:, mirror]][ok2], index2[ok2]) and .1 < ok.float().mean() < .9
 
+@pytest.mark.parametrize('grid', [(1, 1), (1, 8), (7, 7), (5, 6)])
+@pytest.mark.parametrize('k', [1, 3])
+def test_partners_from_the_other_view_are_the_loop(grid, k):
+    g, m = gen(), math.prod(grid)
+    b = torch.rand(2, 12, 4, generator=g) * 20 + 10
+    q, kv = (View(torch.zeros(12, 3, 4, 4), v, torch.rand(12, generator=g) < .5) for v in b)
+    mined, (index, ok) = repco_pairs(torch.randn(12, m, 6, generator=g), grid, positives=k), true_match(q, kv, grid)
+    moved = pairs_across(mined, (index, ok))
+    for n, v in vars(moved).items():
+        old = getattr(mined, n)
+        assert v.shape == old.shape and v.dtype == old.dtype and v.device == old.device
+        for a in range(12):
+            for i, j in enumerate(index[a].tolist()):
+                if ok[a, i]: assert torch.equal(v[a, i], old[a, j])
+                elif n.endswith('ok'): assert not v[a, i].any()
+                else: assert v[a, i].min() >= 0 and v[a, i].max() < m
+    if grid == (7, 7): assert .1 < ok.float().mean() < .9 and moved.pos_ok.any()
+    assert same(pairs_across(mined, true_match(kv, kv, grid)), mined)
+
+def test_partners_of_a_mirrored_copy_are_those_of_the_mirrored_cell():
+    mirror, mined = torch.arange(42).view(6, 7).flip(1).flatten(), repco_pairs(torch.randn(1, 42, 6, generator=gen()), (6, 7))
+    box = [[3.7, 11.3, 101.9, 77.7]]
+    moved = pairs_across(mined, true_match(view(box, [True]), view(box, [False]), (6, 7)))
+    assert all(torch.equal(v, getattr(mined, n)[:, mirror]) for n, v in vars(moved).items())
+
+def test_other_grids_and_places_without_a_match():
+    "The query view may have another number of cells; an index whose flag is False is never looked at."
+    mined = repco_pairs(torch.randn(2, 12, 5, generator=gen()), (3, 4), share=1)
+    index, ok = torch.tensor([[0, 11, 10**9], [-5, 3, 3]]), torch.tensor([[True, True, False], [False, True, True]])
+    moved = pairs_across(mined, (index, ok))
+    assert moved.pos.shape == (2, 3) and moved.neg.shape == (2, 3, 2) and not moved.pos_ok[~ok].any() and not moved.neg_ok[~ok].any()
+    assert moved.pos[1, 1:].tolist() == [mined.pos[1, 3]] * 2 and moved.pos_ok[ok].all()
+
+mined = repco_pairs(torch.randn(2, 12, 5, generator=gen()), (3, 4))
+cell, flag = torch.zeros(2, 7, dtype=torch.long), torch.ones(2, 7, dtype=torch.bool)
+@pytest.mark.parametrize('pairs, match, text', [
+    (None, (cell, flag), 'pairs=NoneType'), (mined, None, 'match=NoneType'), (mined, cell, 'match=Tensor'), (mined, (cell, cell), 'match='),
+    (mined, (flag, flag), 'match='), (mined, (cell, flag[:, :3]), 'match='), (mined, (cell[:1], flag[:1]), 'match=(1, 7)'),
+    (mined, (cell[0], flag[0]), 'match='), (mined, (cell, flag, flag), 'match=tuple')])
+def test_wrong_partners(pairs, match, text):
+    with pytest.raises(ValueError) as e: pairs_across(pairs, match)
+    assert text in str(e.value)
+
 def test_match_accuracy_is_the_loop():
     g = gen()
     match, index = torch.randint(12, (2, 5, 12), generator=g)
@@ -238,6 +300,11 @@ def test_figures():
     line = show_pairs(image, grid, p, cells=[chosen], title='one').collections[-1].get_paths()[0].vertices.tolist()
     centre = lambda j: pytest.approx([70 * (j % 7 + .5) / 7, 40 * (j // 7 + .5) / 4])
     assert line[0] == centre(chosen) and line[1] == centre(int(p.pos[0, chosen]))
+    three = repco_pairs(torch.randn(1, 28, 5, generator=g), grid, positives=3)
+    ax = show_pairs(image, grid, three, cells=[c := int(three.pos_ok[0].any(1).nonzero()[0])])
+    ends = [path.vertices.tolist()[1] for path in ax.collections[-1].get_paths()]
+    assert ends == [centre(int(j)) for j in three.pos[0, c]] and ax.get_title().startswith('42 positives')
+    show_pairs(image, 1, repco_pairs(torch.ones(1, 1, 5), 1, positives=2))
 
     b = torch.tensor([[0., 0, 40, 70], [0, 0, 40, 70]])
     q, k = (View(torch.rand(2, 3, n, n, generator=g), b, torch.tensor([False, f])) for n, f in ((32, False), (16, True)))  # other sizes
@@ -260,7 +327,10 @@ def test_on_a_gpu_without_waiting():
     xc, qc, kc = x.cuda(), q.to('cuda'), k.to('cuda')
     repco_pairs(xc, 7)  # makes the table of neighbours once
     torch.cuda.set_sync_debug_mode('error')
-    try: got, gap, t, m = repco_pairs(xc, 7), repco_pairs(xc, 7, gap=.2), true_match(qc, kc, 7), dense_match(xc, xc.flip(1))
+    try:
+        got, gap, t, m = repco_pairs(xc, 7), repco_pairs(xc, 7, gap=.2), true_match(qc, kc, 7), dense_match(xc, xc.flip(1))
+        three = pairs_across(repco_pairs(xc, 7, positives=3), t)
     finally: torch.cuda.set_sync_debug_mode('default')
     assert same(Pairs(*(v.cpu() for v in vars(got).values())), want) and gap.pos.is_cuda
+    assert same(Pairs(*(v.cpu() for v in vars(three).values())), pairs_across(repco_pairs(x, 7, positives=3), truth))
     assert all(torch.equal(a.cpu(), c) for a, c in zip(t, truth)) and torch.equal(m.cpu(), dense_match(x, x.flip(1)))

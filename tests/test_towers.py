@@ -3,7 +3,7 @@ import pytest, torch
 from torch import nn
 from hypothesis import given, settings, strategies as st
 from ssl_patch.encoders import mlp, resnet
-from ssl_patch.towers import EMA, Queue, SplitBatchNorm, Trunk, cosine_momentum, ema, split_batch_norm
+from ssl_patch.towers import EMA, Embedding, Queue, SplitBatchNorm, Trunk, cosine_momentum, ema, split_batch_norm
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 12), st.lists(st.integers(1, 12), max_size=8))
@@ -77,13 +77,16 @@ def test_shuffled_keys_come_back_in_order():
     class Mean(nn.Module):
         def forward(self, x, keep=None):
             from ssl_patch.encoders import Features
-            return Features(x.mean((2, 3)), x.flatten(2).transpose(1, 2), x.shape[2:]), x.mean((2, 3))*2
+            patches = x.flatten(2).transpose(1, 2)
+            return Embedding(x.mean((2, 3))*2, patches*3, Features(x.mean((2, 3)), patches, x.shape[2:]))
     x = torch.rand(7, 3, 2, 2)
-    f, z = ema(.9, shuffle=True)(Mean())(x)
-    assert torch.equal(z, x.mean((2, 3))*2) and torch.equal(f.image, x.mean((2, 3))) and torch.equal(f.patches, x.flatten(2).transpose(1, 2))
+    e = ema(.9, shuffle=True)(Mean())(x)
+    patches = x.flatten(2).transpose(1, 2)
+    assert torch.equal(e.image, x.mean((2, 3))*2) and torch.equal(e.features.image, x.mean((2, 3)))
+    assert torch.equal(e.patches, patches*3) and torch.equal(e.features.patches, patches)
     target, x = ema(.9, split=2)(Trunk(resnet('resnet18', size=16, width=8), nn.Identity())), torch.rand(8, 3, 16, 16)
     again = []
-    for seed in (1, 1, 2): torch.manual_seed(seed); again.append(target(x)[1])
+    for seed in (1, 1, 2): torch.manual_seed(seed); again.append(target(x).image)
     assert torch.equal(again[0], again[1]) and not torch.equal(again[0], again[2])
 
 @pytest.mark.parametrize('call', [lambda: ema(-.1), lambda: ema(.9, .5), lambda: ema(.9, when='now'), lambda: Queue(0), lambda: Queue(2.5), lambda: Queue(most=0), lambda: Queue(3, 2).put(torch.ones(4, 2)),

@@ -5,7 +5,7 @@ from ssl_patch import training
 from ssl_patch.encoders import mlp, resnet
 from ssl_patch.methods import build_method
 from ssl_patch.towers import Queue
-from ssl_patch.training import Pretrainer
+from ssl_patch.training import Clip, Meter, Pretrainer, collapse, plot_curves, signs
 
 def same(a, b):
     if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
@@ -182,6 +182,8 @@ def test_run_folder(pretrainer, tmp_path):
 
 @pytest.mark.parametrize('change, word', [
     (dict(epochs=0), 'epochs'), (dict(batch_size=1), 'batch_size'), (dict(batch_size=1000), '1000'), (dict(lr=0.), 'lr'), (dict(epochs=1.5), 'epochs'),
+    (dict(clip=0), 'clip must be a number above 0, or None, got 0'), (dict(clip='3'), "clip must be .* got '3'"), (dict(clip=float('nan')), 'clip'),
+    (dict(clip_growth=1.), 'clip_growth must be a number above 1, or None, got 1.0'), (dict(clip_growth=-2), 'clip_growth'),
     (dict(optimizer='adam'), 'adam'), (dict(schedule='day'), 'day'), (dict(momentum=3), "unknown training option 'momentum'"), (dict(progress='loud'), 'loud')])
 def test_bad_input(pretrainer, change, word):
     with pytest.raises(ValueError, match=word): pretrainer(**change)
@@ -196,3 +198,145 @@ def test_images_without_a_label_do_not_vote_along_the_way(pretrainer, noise):
     assert training.subset_knn(enc, part, k=5) == training.subset_knn(enc, alone, k=5)
     for data in (images(x), images((x, noise.train.labels)), images((x, noise.train.labels), test=noise.test.images)):
         assert Pretrainer(run.method, data, epochs=1, batch_size=64, knn_every=1, progress='quiet').knn_every == 0
+
+@pytest.mark.parametrize('method, at', [('aps', 6), ('moco_v3', 4), ('sce', 5)])
+def test_resumed_with_the_history_clip(pretrainer, tmp_path, method, at):
+    "At the end of an epoch and within one: gradient norms of the past are part of the state."
+    clip = dict(clip=3., clip_growth=1.05)
+    whole = pretrainer(method, **clip).fit()
+    run = pretrainer(method, out=tmp_path/'r', **clip); run.progress = StopAt(run, at)
+    with pytest.raises(KeyboardInterrupt): run.fit()
+    resumed = pretrainer(method, weights=1, out=tmp_path/'r', resume=True, **clip)
+    assert resumed.clip.history.count_nonzero() > 0
+    assert same(state(whole), state(resumed.fit()))
+    assert not same(whole.method.state_dict(), pretrainer(method).fit().method.state_dict()) # and the clip did something
+
+def test_a_lost_history_would_show(pretrainer, tmp_path):
+    "What the test above rests on: without its history the run is another one."
+    make = lambda **kw: pretrainer(clip_growth=1.05, **kw)
+    whole = make().fit(); make(out=tmp_path/'r').fit(2)
+    lost = make(out=tmp_path/'r', resume=True); lost.clip.history.zero_()
+    assert not same(whole.method.state_dict(), lost.fit().method.state_dict())
+
+def test_gradients_stay_below_the_bounds(pretrainer, monkeypatch):
+    "Seen by the optimiser in every step of a run: no parameter above the cap, none growing faster than allowed."
+    run, norms = pretrainer(clip=.05, clip_growth=1.2), []
+    step = run.optimizer.step
+    def watched(): norms.append(torch.stack([p.grad.norm() for p in run.clip.parameters])); step()
+    monkeypatch.setattr(run.optimizer, 'step', watched)
+    n = torch.stack((run.fit(2), norms)[1])
+    assert len(n) == 32 and n.max() <= .05*1.0001 # 8 batches of 4 draws
+    before = n[:-1]
+    assert (n[1:][before > 1e-6] <= 1.2*before[before > 1e-6]*1.0001).all()
+    assert (n[1:] > 1.19*before).any() # it was needed
+
+def test_history_of_parameters_without_a_gradient():
+    ps = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]; clip = Clip(ps, growth=1.5)
+    def step(*norms):
+        for p, n in zip(ps, norms): p.grad = None if n is None else torch.tensor([.6, .8])*n
+        clip(); return [None if p.grad is None else round(p.grad.norm().item(), 5) for p in ps]
+    assert step(1., 2., None) == [1, 2, None] and clip.history.tolist() == pytest.approx([1, 2, 0])
+    assert step(None, 8., 5.) == [None, 3, 5] and clip.history.tolist() == pytest.approx([1, 3, 5])
+    before = clip.history.clone()
+    assert step(None, None, None) == [None]*3 and torch.equal(clip.history, before)
+    assert step(9., 0., 1.) == [1.5, 0, 1] and step(0., 7., 1.) == [0, 7, 1] # from nothing a gradient may be anything
+    step(float('nan'), 1., 1.)
+    assert step(2., 1., 1.)[0] == 2 # what is not a number leaves no history
+
+def test_without_bounds_gradients_are_left_alone(pretrainer):
+    assert pretrainer().clip is None and 'clip' not in pretrainer().state_dict()
+    loose = pretrainer(clip=1e9).fit()
+    assert same(loose.method.state_dict(), pretrainer().fit().method.state_dict())
+
+def test_a_checkpoint_from_before_clips_and_patches(pretrainer, tmp_path):
+    "Neither the new options, nor the new columns, nor counts per name: it loads, goes on as the same run, and writes all columns."
+    whole = pretrainer().fit()
+    pretrainer(out=tmp_path/'r').fit(2)
+    old = torch.load(tmp_path/'r'/'checkpoint.pt', weights_only=True)
+    training_ = json.loads(old['identity']['training'])
+    for k in ('clip', 'clip_growth'): del training_[k]
+    old['identity']['training'] = json.dumps(training_)
+    old['history'] = [{k: v for k, v in h.items() if k not in ('within', 'between')} for h in old['history']]
+    old['meter']['n'] = 0
+    torch.save(old, tmp_path/'r'/'checkpoint.pt')
+    resumed = pretrainer(weights=1, out=tmp_path/'r', resume=True).fit()
+    assert same(whole.method.state_dict(), resumed.method.state_dict()) and (tmp_path/'r'/'curves.png').exists()
+    rows = list(csv.DictReader(open(tmp_path/'r'/'metrics.csv')))
+    assert len(rows) == 4 and set(rows[0]) == set(whole.history[0]) and rows[0]['within'] == ''
+    with pytest.raises(ValueError, match='belongs to another run.*training'): pretrainer(out=tmp_path/'r', resume=True, clip=3.)
+
+def test_meters_of_an_old_checkpoint():
+    m = Meter(); m.load_state_dict(dict(sums=dict(loss=torch.tensor(6.)), n=3))
+    m.add(3, torch.tensor(2.), dense=torch.tensor(5.))
+    assert m.means() == dict(loss=2, dense=5)
+
+def with_extras(run, patches=None, **terms):
+    "A method whose forward also logs `terms`, attached to the graph, and notes patches."
+    forward = run.method.forward
+    def more(*args):
+        loss, log = forward(*args)
+        if run.method.looking and patches is not None: run.method.seen['patches'] = patches
+        return loss, log | {k: loss*v for k, v in terms.items()}
+    run.method.forward = more
+    return run
+
+def test_parts_of_the_loss_are_averaged_and_written(pretrainer, tmp_path):
+    run = with_extras(pretrainer(out=tmp_path/'r'), image=.25, dense=.75)
+    run.fit(1)
+    h = run.history[0]
+    assert h['image'] == pytest.approx(h['loss']/4) and h['dense'] == pytest.approx(.75*h['loss'])
+    run.fit(1)
+    rows = list(csv.DictReader(open(tmp_path/'r'/'metrics.csv')))
+    assert [float(r['dense']) for r in rows] == [h['dense'] for h in run.history]
+    assert 'dense' not in pretrainer().fit(1).history[0]
+
+def test_parts_that_come_later_get_a_column(pretrainer, tmp_path):
+    run = pretrainer(out=tmp_path/'r'); run.fit(1); with_extras(run, dense=.5).fit(1)
+    rows = list(csv.DictReader(open(tmp_path/'r'/'metrics.csv')))
+    assert rows[0]['dense'] == '' and float(rows[1]['dense']) == run.history[1]['dense']
+
+def test_parts_do_not_keep_their_graph():
+    m, w = Meter(), torch.ones(1, requires_grad=True)
+    m.add(0, (w*2).sum(), dense=(w*3).sum())
+    assert not any(v.requires_grad for v in m.sums.values())
+
+def test_patches_of_an_image_that_are_equal(pretrainer, capsys):
+    "Named once, in the log; the columns hold both similarities."
+    g = torch.Generator().manual_seed(0)
+    equal = torch.randn(64, 1, 32, generator=g).expand(64, 9, 32)
+    run = with_extras(pretrainer(progress='lines'), patches=equal).fit()
+    assert run.history[-1]['within'] == pytest.approx(1, abs=1e-4) and abs(run.history[-1]['between']) < .1
+    assert capsys.readouterr().out.count('the patches of an image are nearly equal (within 1.000') == 1
+    assert len(run.curves().axes) == 5
+    run = with_extras(pretrainer(progress='lines'), patches=torch.randn(64, 9, 32, generator=g)).fit()
+    assert abs(run.history[-1]['within']) < .1 and 'nearly equal' not in capsys.readouterr().out
+
+@pytest.mark.parametrize('patches', [None, torch.ones(8, 1, 4)])
+def test_no_two_patches_no_columns(patches):
+    "Methods of one's own note none; an image may have one patch only."
+    s = signs(dict(features=torch.randn(8, 4)) | ({} if patches is None else dict(patches=patches)))
+    assert s['within'] is None and s['between'] is None
+
+@pytest.mark.parametrize('within, between, named', [(.99, .2, True), (.97, .2, False), (.99, .95, False), (None, None, False)])
+def test_when_patches_count_as_equal(within, between, named):
+    "Not where images are alike too: that is the business of the other signs."
+    row = dict(feature_std=.9, spread=.9, rank=20., neg=0.)
+    assert collapse(row) is None
+    assert ('tell images apart, not places' in (collapse(row | dict(within=within, between=between)) or '')) == named
+
+def test_a_collapse_after_another_kind_is_named_too(pretrainer, capsys):
+    "Equal patches in epoch 1 must not hide that the keys collapse in epoch 3."
+    run = with_extras(pretrainer(progress='lines'), patches=torch.randn(64, 1, 32).expand(64, 9, 32)); run.fit(2)
+    class Alike(Meter):
+        def means(self): return super().means() | dict(spread=.01)
+    run.meter = Alike(); run.fit(1)
+    out = capsys.readouterr().out
+    assert 'epoch 1: the patches' in out and 'epoch 3: the keys of different images' in out and 'epoch 2: ' not in out
+
+def test_curves_of_old_histories(pretrainer):
+    "Rows without the patches' columns, alone or followed by rows that have them."
+    h = pretrainer().fit(2).history
+    bare = [{k: v for k, v in r.items() if k not in ('within', 'between')} for r in h]
+    assert len(plot_curves(bare).axes) == 4
+    mixed = plot_curves(bare + [dict(h[-1], epoch=3, within=.5, between=.1), dict(h[-1], epoch=4, within=.4, between=.1)])
+    assert len(mixed.axes) == 5 and mixed.axes[3].lines[0].get_xdata().tolist() == [3, 4]

@@ -1,0 +1,77 @@
+"""Pretrain a family of methods at one small budget, several seeds each, then probe them: what the notebooks in results/ read.
+
+    python scripts/evidence.py soft cifar10 runs/soft_cifar10
+    python scripts/evidence.py soft tiny_imagenet_40.npz runs/soft_tiny --only 'MoCo v2' ReSSL CO2 'SCE lam 0.5' --subset 8000 --epochs 4 --lr .03
+    python scripts/evidence.py aps cifar10 runs/aps_cifar10
+    python scripts/evidence.py dense_vit cifar10 runs/dense_vit
+    python scripts/evidence.py dense_resnet cifar10 runs/dense_resnet
+    python scripts/keep_records.py nbs/results/records/soft_cifar10 runs/soft_cifar10/*
+
+Runs that are finished are left alone, runs that were interrupted go on. Runs train two at a time.
+"""
+import argparse, os, subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SMALL_VIT = '--encoder vit_tiny --size 32 --patch 4 --width 96 --depth 4 --heads 3'.split()
+SMALL_HEADS = ['hidden=512', 'out=128']
+
+# name of a row -> (method, its options); and what all rows of a family share
+SOFT = {'MoCo v2': ('moco_v2',), 'ReSSL': ('ressl',), 'CO2': ('co2',), **{f'SCE lam {lam:g}': ('sce', f'lam={lam:g}') for lam in (0, .25, .5, .75, 1)}}
+APS = {**{f'APS power {power}': ('aps', f'power={power}') for power in (0, 1, 3, 10)}, 'APS power 3, flips ignored': ('aps', 'flip_aware=False'),
+       'all tokens': ('aps', 'ratio=1.', 'draws=1'), 'MoCo v3': ('moco_v3', *SMALL_HEADS)}
+DENSE_VIT = {'MoCo v3': ('moco_v3', *SMALL_HEADS), 'RepCo on MoCo v3': ('repco', 'host=moco_v3', 'pool=2', *SMALL_HEADS),
+             'local to global': ('local_to_global', 'setting=imagenet', 'pool=2', *SMALL_HEADS)} # that setting has the views of MoCo v3
+DENSE_RESNET = {'MoCo v2': ('moco_v2',), 'DenseCL': ('densecl',), 'RepCo': ('repco',)}
+FAMILIES = dict(soft=(SOFT, '--encoder resnet18 --width 16'.split(), dict(subset=10_000, epochs=10, lr=.06)),
+                aps=(APS, SMALL_VIT, dict(subset=10_000, epochs=8, lr=1e-3)),
+                dense_vit=(DENSE_VIT, [*SMALL_VIT, '--style', 'moco_v3'], dict(subset=10_000, epochs=8, lr=1e-3)),
+                dense_resnet=(DENSE_RESNET, '--encoder resnet18 --width 16 --cells layer3'.split(), dict(subset=10_000, epochs=8, lr=.06)))
+
+def words():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('family', choices=FAMILIES)
+    p.add_argument('data', help='as ssl_patch pretrain --data takes it')
+    p.add_argument('out', type=Path, help='folder for the run folders')
+    p.add_argument('--only', nargs='+', help='some of the methods')
+    p.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    p.add_argument('--subset', type=int, help='training images')
+    p.add_argument('--epochs', type=int)
+    p.add_argument('--batch-size', type=int, default=128)
+    p.add_argument('--lr', type=float, help='one for all, so that only the methods differ')
+    p.add_argument('--jobs', type=int, default=min(2, os.cpu_count()), help='runs at a time')
+    a = p.parse_args()
+    a.methods, a.shape, usual = FAMILIES[a.family]
+    a.only = a.only or list(a.methods)
+    if odd := set(a.only) - set(a.methods): p.error(f'--only {sorted(odd)}: there are {list(a.methods)}')
+    for k, v in usual.items(): setattr(a, k, getattr(a, k) or v)
+    return a
+
+def pretrain(a, run, method, seed):
+    if (run/'encoder.safetensors').exists(): return
+    begin = ['--resume'] if (run/'checkpoint.pt').exists() else [
+        '--data', a.data, '--subset', a.subset, '--method', method[0], *(['--options', *method[1:]] if method[1:] else []), *a.shape,
+        '--epochs', a.epochs, '--batch-size', a.batch_size, '--lr', a.lr, '--seed', seed, '--knn-every', max(1, a.epochs//4),
+        '--training', 'schedule=step', f'warmup={.1*a.epochs:g}']
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run/'log.txt', 'a') as log:
+        done = subprocess.run([str(x) for x in ['ssl_patch', 'pretrain', '--out', run, *begin, '--progress', 'lines']], stdout=log, stderr=subprocess.STDOUT,
+                              env=os.environ | dict(OMP_NUM_THREADS=str(max(1, os.cpu_count()//a.jobs))))
+    print(run, 'trained' if done.returncode == 0 else f'FAILED, see {run}/log.txt', flush=True)
+
+def main():
+    a = words()
+    runs = [(a.out/f"{name.replace(' ', '_').replace(',', '')}_seed{seed}", a.methods[name], seed) for seed in a.seeds for name in a.only]
+    with ThreadPoolExecutor(a.jobs) as pool: list(pool.map(lambda r: pretrain(a, *r), runs))
+    from ssl_patch.cli import load_data
+    from ssl_patch.encoders import load_encoder
+    from ssl_patch.probes import knn, linear, load_records
+    for run, _, seed in runs:
+        done = {r.protocol for r in load_records(run)} if (run/'records.jsonl').exists() else set()
+        if not (run/'encoder.safetensors').exists() or done >= {'kNN', 'linear'}: continue
+        encoder = load_encoder(run/'encoder.safetensors')
+        data = load_data(a.data, encoder.size, a.subset)
+        for probe in (knn, linear): probe(encoder, data, name=run.name.rsplit('_seed', 1)[0].replace('_', ' '), seed=seed).save(run)
+        print(run, 'probed', flush=True)
+
+if __name__ == '__main__': main()

@@ -2,15 +2,16 @@
 
     python scripts/evidence.py soft cifar10 runs/soft_cifar10
     python scripts/evidence.py soft tiny_imagenet_40.npz runs/soft_tiny --only 'MoCo v2' ReSSL CO2 'SCE lam 0.5' --subset 8000 --epochs 4 --lr .03
-    python scripts/evidence.py aps cifar10 runs/aps_cifar10
-    python scripts/evidence.py dense_vit cifar10 runs/dense_vit
-    python scripts/evidence.py dense_resnet cifar10 runs/dense_resnet
+    python scripts/evidence.py aps cifar10 runs/aps_cifar10 --camvid CamVid
+    python scripts/evidence.py dense_vit cifar10 runs/dense_vit --camvid CamVid
+    python scripts/evidence.py dense_resnet cifar10 runs/dense_resnet --camvid CamVid
     python scripts/keep_records.py nbs/results/records/soft_cifar10 runs/soft_cifar10/*
 
 Runs that are finished are left alone, runs that were interrupted go on. Runs train two at a time.
 """
 import argparse, os, subprocess
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 SMALL_VIT = '--encoder vit_tiny --size 32 --patch 4 --width 96 --depth 4 --heads 3'.split()
@@ -40,6 +41,7 @@ def words():
     p.add_argument('--batch-size', type=int, default=128)
     p.add_argument('--lr', type=float, help='one for all, so that only the methods differ')
     p.add_argument('--jobs', type=int, default=min(2, os.cpu_count()), help='runs at a time')
+    p.add_argument('--camvid', type=Path, help='folder with CamVid as SegNet has it (train.txt, test.txt): adds a linear segmentation probe of the patches')
     a = p.parse_args()
     a.methods, a.shape, usual = FAMILIES[a.family]
     a.only = a.only or list(a.methods)
@@ -59,19 +61,37 @@ def pretrain(a, run, method, seed):
                               env=os.environ | dict(OMP_NUM_THREADS=str(max(1, os.cpu_count()//a.jobs))))
     print(run, 'trained' if done.returncode == 0 else f'FAILED, see {run}/log.txt', flush=True)
 
+def camvid(folder, part):
+    "Images uint8 (N,3,H,W) and masks (N,H,W) of a part; 11 classes, and 11 where nothing is labelled."
+    import numpy as np, torch
+    from PIL import Image
+    def read(path): return torch.from_numpy(np.array(Image.open(folder/Path(*Path(path.lstrip('/')).parts[-2:]))))
+    rows = [line.split() for line in (folder/f'{part}.txt').read_text().splitlines()]
+    return torch.stack([read(x)[..., :3].permute(2, 0, 1) for x, _ in rows]), torch.stack([read(y) for _, y in rows])
+
+def probe(a, run, seed):
+    "The records that a finished run lacks."
+    import torch
+    from ssl_patch.cli import load_data
+    from ssl_patch.encoders import load_encoder
+    from ssl_patch.probes import knn, linear, load_records, segmentation
+    if not (run/'encoder.safetensors').exists(): return
+    torch.set_num_threads(max(1, os.cpu_count()//a.jobs))
+    done = {r.protocol for r in load_records(run)} if (run/'records.jsonl').exists() else set()
+    encoder, name = load_encoder(run/'encoder.safetensors'), run.name.rsplit('_seed', 1)[0].replace('_', ' ')
+    data = load_data(a.data, encoder.size, a.subset)
+    for protocol, measure in (('kNN', knn), ('linear', linear)):
+        if protocol not in done: measure(encoder, data, name=name, seed=seed).save(run)
+    if a.camvid and 'linear segmentation' not in done:
+        segmentation(encoder, *(camvid(a.camvid, part) for part in ('train', 'test')), 11, ignore=11, size=4*encoder.size, epochs=20, name=name,
+                     data='CamVid, 98 frames', seed=seed, note='linear on frozen patches, frames resized to a square').save(run)
+    print(run, 'probed', flush=True)
+
 def main():
     a = words()
     runs = [(a.out/f"{name.replace(' ', '_').replace(',', '')}_seed{seed}", a.methods[name], seed) for seed in a.seeds for name in a.only]
     with ThreadPoolExecutor(a.jobs) as pool: list(pool.map(lambda r: pretrain(a, *r), runs))
-    from ssl_patch.cli import load_data
-    from ssl_patch.encoders import load_encoder
-    from ssl_patch.probes import knn, linear, load_records
-    for run, _, seed in runs:
-        done = {r.protocol for r in load_records(run)} if (run/'records.jsonl').exists() else set()
-        if not (run/'encoder.safetensors').exists() or done >= {'kNN', 'linear'}: continue
-        encoder = load_encoder(run/'encoder.safetensors')
-        data = load_data(a.data, encoder.size, a.subset)
-        for probe in (knn, linear): probe(encoder, data, name=run.name.rsplit('_seed', 1)[0].replace('_', ' '), seed=seed).save(run)
-        print(run, 'probed', flush=True)
+    with ProcessPoolExecutor(a.jobs, get_context('spawn')) as pool:
+        for job in [pool.submit(probe, a, run, seed) for run, _, seed in runs]: job.result()
 
 if __name__ == '__main__': main()

@@ -7,7 +7,7 @@ __all__ = ['aps_settings', 'moco_v1_settings', 'moco_v2_settings', 'ressl_settin
            'densecl_settings', 'local_to_global_settings', 'methods', 'Training', 'unit', 'diagnose', 'Method',
            'check_kinds', 'check_slots', 'try_objective', 'all_pairs', 'width_of', 'describe', 'views_needed',
            'need_online', 'unit_rows', 'Setting', 'setting_for', 'from_setting', 'APS', 'MoCoV3', 'sce_heads', 'MoCoV2',
-           'MoCoV1', 'ReSSL', 'CO2', 'SCE', 'DenseCL', 'RepCo', 'LocalToGlobal', 'build_method']
+           'MoCoV1', 'ReSSL', 'CO2', 'SCE', 'DenseCL', 'RepCo', 'LocalToGlobal', 'step_cost', 'build_method']
 
 # %% ../nbs/07_methods.ipynb #60e3c904
 import math, warnings
@@ -559,6 +559,24 @@ def LocalToGlobal(encoder:Encoder, # ViT, or ResNet
     if online == 'both' and not reverse: s = replace(s, momentum=None)
     dense = Dense(global_term(online=online, reverse=reverse, **loss), 1., beside=4*loss['tau']*image, heads=heads(encoder.patch_dim), pool=pool)
     return from_setting(encoder, replace(s, heads=heads), partial(info_nce, tau=loss['tau']), 'local to global', **dict(dense=dense, weight=.5) | slots)
+
+# %% ../nbs/07_methods.ipynb #161b885d
+def step_cost(method:Method, # on any device
+              views:list, # one `View` per recipe
+              generator=None, # of the draws of patches
+             ) -> dict: # per optimiser step: images, online and target tokens per image, bytes kept; and steps per loaded batch
+    "Tokens and activation memory of one optimiser step: bytes of all tensors that autograd keeps for the backward pass, weights aside."
+    samples = method.samples(views, generator)
+    tokens = lambda v, keep: math.prod(method.encoder.grid)*views[v].x.shape[-1]**2//method.encoder.size**2 if keep is None else keep.shape[1]
+    own, kept = {p.untyped_storage().data_ptr() for p in method.parameters()}, {}
+    def note(x):
+        if x.untyped_storage().data_ptr() not in own: kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): loss, _ = method(views, samples[0])
+    online = need_online(method.need, method.target)
+    target = method.need[TARGET] if method.target else ()
+    return dict(images=len(views[0]), online_tokens=sum(tokens(v, samples[0][v]) for v in online), target_tokens=sum(tokens(v, samples[0][v]) for v in target),
+                bytes=sum(kept.values()), steps=len(samples))
 
 # %% ../nbs/07_methods.ipynb #81fe4ae9
 methods = dict(aps=APS, moco_v3=MoCoV3, moco_v2=MoCoV2, moco_v1=MoCoV1, ressl=ReSSL, co2=CO2, sce=SCE,

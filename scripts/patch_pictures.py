@@ -12,10 +12,10 @@ import torch
 from ssl_patch.cli import load_data, saved
 from ssl_patch.data import fit, photo
 from ssl_patch.encoders import load_encoder, pool_cells
-from ssl_patch.methods import unit, unit_rows
+from ssl_patch.methods import unit_rows
 from ssl_patch.patches import dense_match, match_accuracy, repco_pairs, show_matches, show_pairs, true_match
 from ssl_patch.probes import heat, show_heat, show_tokens
-from ssl_patch.views import View, generator_for, make_view, moco_demo
+from ssl_patch.views import generator_for, make_view, moco_demo
 
 PHOTOS = ('astronaut', 'chelsea', 'coffee', 'rocket')
 

@@ -1,6 +1,7 @@
 """Pictures of what the patch family learnt, and how often patches are matched to the right place: from run folders of evidence.py.
 
-    python scripts/patch_pictures.py runs/dense_resnet runs/dense_vit --data cifar10 --out nbs/results/records/patch_pictures
+    python scripts/patch_pictures.py runs/dense_resnet runs/dense_vit runs/aps_cifar10 --data cifar10 --out nbs/results/records/patch_pictures \\
+        --only 'MoCo v2' DenseCL RepCo 'MoCo v3' 'APS power 3' 'local to global' 'RepCo on MoCo v3'
 
 Writes matches.json and PNG files. The photographs are those that come with the package; --data is where the match numbers are measured.
 """
@@ -21,13 +22,13 @@ PHOTOS = ('astronaut', 'chelsea', 'coffee', 'rocket')
 
 def photographs(size): return torch.stack([fit(photo(n), size) for n in PHOTOS])
 
-def runs_of(folders):
-    "Name of a method -> run folders, by seed."
+def runs_of(folders, only):
+    "Name of a method -> run folders, by seed; in the order of `only`, if given."
     found = {}
     for folder in folders:
         for run in sorted(Path(folder).glob('*_seed*')):
             if (run/'encoder.safetensors').exists(): found.setdefault(run.name.rsplit('_seed', 1)[0].replace('_', ' '), []).append(run)
-    return found
+    return {n: found[n] for n in only if n in found} if only else found
 
 @torch.no_grad()
 def features(encoder, x): return encoder.accept(x.shape[-1]).eval()(x)
@@ -51,7 +52,7 @@ def draw_pairs(rows, size=64):
         f = features(encoder, x); f = pool_cells(f, f.grid[0]//8)
         pairs = repco_pairs(f.patches, f.grid)
         for i, ax in enumerate(line): show_pairs(x[i], f.grid, pairs, i=i, ax=ax, title=name if i == 0 else '')
-    fig.tight_layout(pad=.3)
+    fig.tight_layout(pad=.6)
     return fig
 
 def draw_matches(rows, size=64):
@@ -65,7 +66,7 @@ def draw_matches(rows, size=64):
         for i, ax in enumerate(line):
             near = match_accuracy(match[i:i+1], tuple(t[i:i+1] for t in truth), f.grid)['near'].item()
             show_matches(a, b, match, truth, f.grid, i=i, within=1, ax=ax, title=f'{name}: {near:.0%} near')
-    fig.tight_layout(pad=.3)
+    fig.tight_layout(pad=.6)
     return fig
 
 @torch.no_grad()
@@ -85,15 +86,16 @@ def main():
     p.add_argument('runs', nargs='+', help='folders of evidence.py')
     p.add_argument('--data', default='photos')
     p.add_argument('--out', type=Path, required=True)
+    p.add_argument('--only', nargs='+', help='some of the methods')
     a = p.parse_args(); a.out.mkdir(parents=True, exist_ok=True)
-    found, numbers = runs_of(a.runs), []
+    found, numbers = runs_of(a.runs, a.only), []
     for name, runs in found.items():
         for run in runs:
             encoder, seed = load_encoder(run/'encoder.safetensors'), int(run.name.rsplit('_seed', 1)[1])
             store = load_data(a.data, encoder.size).test
             for who, e in ((name, encoder), ('random', encoder.fresh(seed))):
                 value, chance = matches(e, store)
-                numbers.append(dict(encoder=who, kind=encoder.spec['kind'], seed=seed, data=a.data.rsplit('/', 1)[-1], images=512, chance=chance, **value))
+                numbers.append(dict(encoder=who, kind=' '.join(filter(None, (encoder.spec['kind'], encoder.spec.get('style')))), seed=seed, data=a.data.rsplit('/', 1)[-1], images=512, chance=chance, **value))
         print(name, numbers[-2], flush=True)
     (a.out/'matches.json').write_text(json.dumps(numbers, indent=0)+'\n')
     first = {n: load_encoder(r[0]/'encoder.safetensors') for n, r in found.items()}

@@ -16,6 +16,7 @@ from .patches import *
 from .losses import *
 from .encoders import *
 from .towers import *
+from .terms import *
 from .methods import *
 from .probes import *
 from .training import *

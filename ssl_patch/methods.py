@@ -21,7 +21,7 @@ from torch import nn, Tensor
 from .encoders import Encoder, ResNet, aps_heads, mlp, moco_v3_heads
 from .losses import co2, info_nce, loss_and_settings, ressl, sce, target_entropy, target_of
 from .patches import asymmetric
-from .terms import ONLINE, QUERY, TARGET, Dense, Seen, Term, check_dense, dense_heads, global_term, match_term, repco_term
+from .terms import Dense, Seen, Term, check_dense, dense_heads, global_term, match_term, repco_term
 from .towers import Embedding, Queue, SplitBatchNorm, Trunk, each_patch, ema, gather, split_batch_norm, world
 from .views import Recipe, View, alpha, aps_cifar, beta, moco_demo, moco_v1, multi_crop, strong, weak
 
@@ -57,17 +57,40 @@ def diagnose(q:Tensor, # (B,d) queries, unit rows
     neg = (q.sum(0) @ k.sum(0) - pos.sum()) / (B*(B-1))
     return dict(pos=pos.mean(), neg=neg, spread=k.std(0).mean() * k.shape[1]**.5)
 
-# %% ../nbs/07_methods.ipynb #3906c978
-class _Step(nn.Module):
-    "The part of `Method` that computes."
+# %% ../nbs/07_methods.ipynb #0ba84a68
+class _Towers(nn.Module):
+    "The part of `Method` that looks and compares."
     def embed(self, views, keeps, progress):
         "What the towers make of the views that they must look at, unit rows: two dicts, view number -> `Embedding`."
         need, looks = self.need, need_online(self.need, self.target)
         e = {v: self.trunk(views[v].x, keeps[v]) for v in looks}
-        asked = {v: unit_rows(e[v], self.predictor, self.patch_predictor) for v in sorted(need[ONLINE])}
-        if self.target is None: return asked, {v: unit_rows(e[v], detach=True) for v in sorted(need[TARGET])}
+        asked = {v: unit_rows(e[v], self.predictor, self.patch_predictor) for v in sorted(need['online'])}
+        if self.target is None: return asked, {v: unit_rows(e[v], detach=True) for v in sorted(need['target'])}
         if self.target.when == 'before' and self.training: self.target.update(self.trunk, progress)
-        return asked, {v: unit_rows(self.target(views[v].x, keeps[v])) for v in sorted(need[TARGET])}
+        return asked, {v: unit_rows(self.target(views[v].x, keeps[v])) for v in sorted(need['target'])}
+
+    def compare(self, q, k, everyone, queue):
+        "The objective; where keys of the batch are candidates, those of all processes are."
+        rank, n = world()
+        with torch.autocast(q.device.type, enabled=False): # q and k are float32, and so is all that an objective makes of them
+            if n == 1 or (queue is not None and not loss_and_settings(self.objective)[1].get('in_batch')): return self.objective(q, k, queue)
+            return self.objective(q, everyone, queue, offset=rank*len(q))
+
+    def compare_patches(self, seen):
+        "The patch terms, summed over pairs of views. Negatives from the batch are those of this process."
+        with torch.autocast(seen[0].view.x.device.type, enabled=False):
+            return sum(self.dense.loss(seen[a], seen[b], self.patch_queue and self.patch_queue.keys) for a, b in self.pairs)
+
+# %% ../nbs/07_methods.ipynb #62ca1771
+class _Step(_Towers):
+    "The part of `Method` that makes a training step."
+    def samples(self, views:list, # one `View` per recipe
+                generator=None, # of the random draws
+               ) -> list: # T lists, each with the token indices (B,k) that every view keeps, or None for all
+        "Which patches each view keeps, T times over (T = 1 where all are kept): one optimiser step each."
+        if self.patches is None: return [[None]*len(views)]
+        keep1, keep2 = self.patches(views[0], views[1], self.encoder.grid, generator)
+        return [[keep1[:, t], keep2[:, t]] for t in range(keep1.shape[1])]
 
     def forward(self, views:list, # one `View` per recipe
                 keeps:list|None=None, # token indices (B,k) per view, from `samples`; None: all
@@ -90,26 +113,14 @@ class _Step(nn.Module):
         log |= dict(image=image.detach()/len(self.pairs), patch=patch.detach()/len(self.pairs))
         return self.weight*sum(w*l for w, l in zip(self.dense.at(progress), (image, patch)) if w), log
 
-    def compare(self, q, k, everyone, queue):
-        "The objective; where keys of the batch are candidates, those of all processes are."
-        rank, n = world()
-        with torch.autocast(q.device.type, enabled=False): # q and k are float32, and so is all that an objective makes of them
-            if n == 1 or (queue is not None and not loss_and_settings(self.objective)[1].get('in_batch')): return self.objective(q, k, queue)
-            return self.objective(q, everyone, queue, offset=rank*len(q))
-
-    def compare_patches(self, seen):
-        "The patch terms, summed over pairs of views. Negatives from the batch are those of this process."
-        with torch.autocast(seen[0].view.x.device.type, enabled=False):
-            return sum(self.dense.loss(seen[a], seen[b], self.patch_queue and self.patch_queue.keys) for a, b in self.pairs)
-
     def after_step(self, progress:float=0.): # part of training that is done, 0 to 1
         "What happens after the optimiser's step: keys enter the queues, and an EMA that updates late does so."
         for queue, keys in zip(self.queues(), self.fresh): queue.put(keys)
         if self.target and self.target.when == 'after': self.target.update(self.trunk, progress)
 
-# %% ../nbs/07_methods.ipynb #42838520
-class _Beside:
-    "The part of `Method` that is not computing the loss."
+# %% ../nbs/07_methods.ipynb #f9c3c200
+class _Queues:
+    "The part of `Method` that keeps its queues."
     def fit_to(self, images:int, # in the data set
                batch_size:int, # images per loaded batch
               ):
@@ -126,6 +137,9 @@ class _Beside:
 
     def new_keys(self, batch_size): return batch_size*len({b for _, b in self.pairs})*world()[1] # keys that enter the queue in one step
 
+# %% ../nbs/07_methods.ipynb #49946ffc
+class _Words:
+    "The part of `Method` that says what it is and how it does."
     @torch.no_grad()
     def look(self, asked, k):
         """Note features, and the entropy of the target where the objective says what its target is. A target that fails costs the number,
@@ -159,8 +173,8 @@ class _Beside:
                     candidates=self.candidates(),
                     objective=describe(self.objective), **(dict(dense=self.dense.label) if self.dense else {}))
 
-# %% ../nbs/07_methods.ipynb #5cbb94a0
-class Method(_Step, _Beside):
+# %% ../nbs/07_methods.ipynb #39cce22c
+class Method(_Step, _Queues, _Words):
     "Two towers, and slots. A new method is a new filling of the slots; nothing needs to be subclassed."
     def __init__(self, encoder:Encoder, # ViT, ResNet, or any module with the same interface
                  views:tuple, # one `Recipe` per view
@@ -195,14 +209,6 @@ class Method(_Step, _Beside):
 
     @property
     def encoder(self): return self.trunk.encoder # the online encoder: what is judged and kept
-
-    def samples(self, views:list, # one `View` per recipe
-                generator=None, # of the random draws
-               ) -> list: # T lists, each with the token indices (B,k) that every view keeps, or None for all
-        "Which patches each view keeps, T times over (T = 1 where all are kept): one optimiser step each."
-        if self.patches is None: return [[None]*len(views)]
-        keep1, keep2 = self.patches(views[0], views[1], self.encoder.grid, generator)
-        return [[keep1[:, t], keep2[:, t]] for t in range(keep1.shape[1])]
 
 # %% ../nbs/07_methods.ipynb #7c0e26a3
 def check_kinds(encoder, views, target, candidates, objective, dense):
@@ -255,11 +261,11 @@ def describe(f):
 # %% ../nbs/07_methods.ipynb #4d09d612
 def views_needed(pairs, needs=()) -> dict: # tower -> set of view numbers
     "Which views each tower must look at: queries online, keys in the target tower, and what the patch terms `needs`."
-    need = {ONLINE: {a for a, _ in pairs}, TARGET: {b for _, b in pairs}}
-    for view, tower in needs: need[tower] |= {p[0] if view == QUERY else p[1] for p in pairs}
+    need = {'online': {a for a, _ in pairs}, 'target': {b for _, b in pairs}}
+    for view, tower in needs: need[tower] |= {p[0] if view == 'query' else p[1] for p in pairs}
     return need
 
-def need_online(need, target): return sorted(need[ONLINE] if target else need[ONLINE] | need[TARGET])
+def need_online(need, target): return sorted(need['online'] if target else need['online'] | need['target'])
 
 def unit_rows(e:Embedding, # projections of one view
               predictor=None, # on the image vectors; None: none
@@ -574,7 +580,7 @@ def step_cost(method:Method, # on any device
         return x
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): loss, _ = method(views, samples[0])
     online = need_online(method.need, method.target)
-    target = method.need[TARGET] if method.target else ()
+    target = method.need['target'] if method.target else ()
     return dict(images=len(views[0]), online_tokens=sum(tokens(v, samples[0][v]) for v in online), target_tokens=sum(tokens(v, samples[0][v]) for v in target),
                 bytes=sum(kept.values()), steps=len(samples))
 

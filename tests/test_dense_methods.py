@@ -129,16 +129,18 @@ def test_every_term_on_every_host(host, term, kind):
     if m.patch_queue: assert m.patch_queue.next == 2*len(m.fresh[-1]) % 40 and torch.equal(m.patch_queue.keys[:len(m.fresh[-1])].norm(dim=1).round(decimals=4), torch.ones(len(m.fresh[-1])))
 
 @pytest.mark.parametrize('terms', [match_term(), global_term(), global_term(online='both'), (match_term(), global_term(reverse=1.))])
-@pytest.mark.parametrize('host', [APS, partial(APS, momentum=.99), partial(ReSSL, patches=asymmetric()), partial(SCE, patches=asymmetric())])
+@pytest.mark.parametrize('host', [*HOSTS, 'aps', 'aps_ema'])
 def test_terms_on_sparse_tokens(host, terms):
     "APS tokens: terms that need no grid work on the patches that were kept."
-    m = host(net('vit', 32), dense=Dense(terms, .5))
-    if m.queue: m.queue.fit_to(400, 8)
+    make = dict(aps=APS, aps_ema=partial(APS, momentum=.99)).get(host) or partial(HOSTS[host], patches=asymmetric())
+    m = make(net('vit', 32), dense=Dense(terms, .5))
+    if m.queue: m.queue.fit_to(400, 16)
     views, samples = batch(m)
     assert len(samples) == 4
     loss, log = m(views, samples[0], .5); loss.backward()
     assert torch.isfinite(loss) and m.trunk.patch_projector[0].weight.grad.abs().sum() > 0
     assert m.trunk(views[0].x, samples[0][0]).patches.shape[1] == 16
+    with pytest.raises(ValueError, match='repco_term needs the whole grid'): make(net('vit', 32), dense=repco_term())
 
 def test_multi_crop_takes_a_patch_term():
     m = SCE(net('resnet', 32), crops=True, hidden=32, out=16, candidates=Queue(40), dense=match_term())

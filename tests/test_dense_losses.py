@@ -358,3 +358,24 @@ def test_bad_input_of_the_rest():
     with pytest.raises(ValueError, match='chunk'): local_to_global(x[:, 0], x, chunk=0)
     for bad in (x[0], x[:1], x[:, :1]):
         with pytest.raises(ValueError, match='x must be'): token_similarity(bad)
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    "The most numbers that any tensor has that is made inside."
+    most = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor): self.most = max(self.most, x.numel())
+        return out
+
+def test_chunks_bound_the_table_of_logits():
+    "As the docstrings say: no table has more than chunk x B x M (or chunk x M x K) numbers, forward and backward; without chunks one has B times that."
+    g = torch.Generator().manual_seed(0)
+    B, M, d, K, chunk = 16, 32, 4, 600, 2
+    a, l, q = unit(g, B, d).requires_grad_(), unit(g, B, M, d).requires_grad_(), unit(g, K, d)
+    match, pairs = torch.randint(M, (B, M), generator=g), draw_pairs(g, B, M)
+    for f, whole, part in ((lambda c: local_to_global(a, l, chunk=c), B*B*M, chunk*B*M), (lambda c: dense_nce(l, l.detach(), match, q, chunk=c), B*M*K, chunk*M*K),
+                           (lambda c: repco(l, l.detach(), pairs, q, chunk=c), B*M*K, chunk*M*K)):
+        for c, bound in ((None, whole), (chunk, max(part, B*M*8*d))):
+            with Largest() as seen: f(c).backward()
+            assert seen.most <= bound and (c is not None or seen.most == whole)

@@ -7,15 +7,17 @@ import torch.multiprocessing as mp
 from ssl_patch.encoders import mlp, vit
 from ssl_patch.losses import info_nce, sce
 from ssl_patch.methods import Method
+from ssl_patch.terms import Dense, match_term
 from ssl_patch.towers import Queue, ema
 from ssl_patch.views import View, strong, weak
 
 def methods():
-    "Keys of the batch, a queue, and both; heads without batch-norm, so that images are independent."
-    for objective, candidates in ((partial(info_nce, tau=.2), None), (sce, Queue(20)), (partial(sce, in_batch=True), Queue(20))):
+    "Keys of the batch, a queue, both, and a queue of image means of patches; heads without batch-norm, so that images are independent."
+    match = Dense(match_term(), candidates=Queue(20))
+    for objective, candidates, dense in ((partial(info_nce, tau=.2), None, None), (sce, Queue(20), None), (partial(sce, in_batch=True), Queue(20), None), (sce, Queue(20), match)):
         torch.manual_seed(0)
         yield Method(vit(size=16, patch=4, width=32, depth=1, heads=2), (strong(16), weak(16)), pairs=((0, 1),), target=ema(.9), candidates=candidates,
-                     heads=(mlp(32, 8, last_norm=False, bias=True), None), objective=objective)
+                     heads=(mlp(32, 8, last_norm=False, bias=True), None), objective=objective, dense=dense)
 
 def step(part):
     "Loss, gradient and queue after two steps, of rows `part` of a fixed batch."
@@ -25,9 +27,10 @@ def step(part):
     for m in methods():
         for xs in batches:
             loss, _ = m([View(x[part], torch.zeros(len(x[part]), 4), torch.zeros(len(x[part]))) for x in xs])
-            grad = torch.autograd.grad(loss, m.trunk.projector[0].weight)[0]
+            weight = m.trunk.projector[0].weight if m.dense is None else m.trunk.patch_projector[0].weight
+            grad = torch.autograd.grad(loss, weight)[0]
             m.after_step()
-        out.append((loss.detach(), grad, m.queue.keys.clone() if m.queue else torch.zeros(1)))
+        out.append((loss.detach(), grad, torch.cat([q.keys for q in m.queues()] or [torch.zeros(1)])))
     return out
 
 def worker(rank, port, results):
@@ -41,7 +44,7 @@ def test_two_processes_are_one():
     context = mp.get_context('spawn'); results = context.Queue()
     workers = [context.Process(target=worker, args=(r, port, results)) for r in range(2)]
     for w in workers: w.start()
-    got = dict(results.get(timeout=120) for _ in workers)
+    got = dict(results.get(timeout=300) for _ in workers)
     for w in workers: w.join(60); assert w.exitcode == 0
     for whole, a, b in zip(step(slice(None)), got[0], got[1]):
         (loss, grad, queue), (a, b) = whole, ([torch.tensor(t) for t in r] for r in (a, b))

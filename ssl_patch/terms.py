@@ -14,7 +14,7 @@ from torch import nn
 from .encoders import Features, mlp
 from .losses import dense_nce, local_to_global, repco, token_to_image
 from .patches import dense_match, neighbour_masks, pairs_across, repco_pairs, true_match
-from .towers import Embedding, Queue, world
+from .towers import Embedding, Queue
 from .views import View
 
 # %% ../nbs/06b_terms.ipynb #33a28a23

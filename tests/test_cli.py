@@ -57,6 +57,13 @@ def test_probe_records_are_kept(tmp_path, capsys):
     assert run('show', tmp_path/'r', '--images', 1) == 0
     assert {'views_0.png', 'patches_0.png', 'neighbours.png'} <= set(os.listdir(tmp_path/'r'))
 
+def test_show_draws_what_the_patch_terms_compare(folder):
+    "RepCo on DenseCL has both: matches across views, pairs within one."
+    words = '--method repco --options host=densecl candidates=32 --encoder resnet18 --cells layer3 --width 8 --size 32 --epochs 1 --batch-size 16 --progress quiet'.split()
+    assert run('pretrain', '--data', folder/'pics', '--out', folder/'d', *words) == 0
+    assert run('show', folder/'d', '--images', 1) == 0
+    assert {'views_0.png', 'tokens.png', 'matches_0.png', 'pairs_0.png', 'neighbours.png'} <= set(os.listdir(folder/'d'))
+
 def test_one_corrupt_image_is_named_and_the_run_goes_on(folder, capsys):
     path = folder/'pics'/'cats'/'3.png'; path.write_bytes(path.read_bytes()[:200])
     (folder/'pics'/'dogs'/'note.png').write_text('not a picture')

@@ -2,17 +2,16 @@
 import math
 from functools import partial
 import pytest, torch
-import torch.nn.functional as F
 from ssl_patch.data import images
 from ssl_patch.encoders import Features, pool_cells, resnet, vit
-from ssl_patch.losses import info_nce, sce
-from ssl_patch.methods import (APS, CO2, SCE, DenseCL, LocalToGlobal, Method, MoCoV1, MoCoV2, MoCoV3, ReSSL, RepCo, aps_settings, build_method,
-                               densecl_settings, local_to_global_settings, methods, unit)
-from ssl_patch.patches import asymmetric, dense_match, repco_pairs
+from ssl_patch.losses import info_nce
+from ssl_patch.methods import (APS, CO2, SCE, DenseCL, LocalToGlobal, MoCoV1, MoCoV2, MoCoV3, ReSSL, RepCo, aps_settings, build_method,
+                               densecl_settings, local_to_global_settings, unit)
+from ssl_patch.patches import asymmetric, repco_pairs
 from ssl_patch.terms import Dense, Term, global_term, match_term, repco_term
-from ssl_patch.towers import Queue, ema
+from ssl_patch.towers import Queue
 from ssl_patch.training import Pretrainer
-from ssl_patch.views import make_view, strong, weak
+from ssl_patch.views import make_view
 
 def net(kind, size=16):
     torch.manual_seed(0)

@@ -62,7 +62,7 @@ class Pretrain:
     width: int|None = None # of a ViT, or channels of a ResNet's first stage, instead of the named one
     depth: int|None = None # of a ViT, instead of the named one
     heads: int|None = None # of a ViT, instead of the named one
-    style: str|None = None # of a ViT: 'aps' or 'moco_v3'; by default the one of the method
+    style: str|None = None # of a ViT: 'aps' or 'moco_v3'; by default 'moco_v3' for MoCo v3 and for RepCo on it
     epochs: int|None = None # passes over the data; by default as the method's paper
     batch_size: int|None = None # images per loaded batch; by default as the paper, at most a sixteenth of the data
     lr: float|None = None # learning rate; by default the paper's base rate x batch size / 256
@@ -77,10 +77,11 @@ class Pretrain:
     def build(self) -> tuple: # (ImageData, Method), seeded weights
         "The data and the method that these options describe."
         if self.method not in methods: raise ValueError(f'method must be one of {list(methods)}, got {self.method!r}')
-        style = self.style or ('moco_v3' if self.method == 'moco_v3' else 'aps')
+        options = parse_options(self.options)
+        style = self.style or ('moco_v3' if 'moco_v3' in (self.method, options.get('host')) else 'aps')
         torch.manual_seed(self.seed)
         encoder = encoder_from_words(self.encoder, self.size, self.patch, style, stem=self.stem, cells=self.cells, width=self.width, depth=self.depth, heads=self.heads)
-        return load_data(self.data, self.size, self.subset), build_method(self.method, encoder, **parse_options(self.options))
+        return load_data(self.data, self.size, self.subset), build_method(self.method, encoder, **options)
 
     def begun(self) -> 'Pretrain':
         "The command that began the run in `out`, to go on with. `ValueError` for an option that says otherwise."

@@ -260,9 +260,10 @@ def _patch_nce(s, rest): return -F.logsigmoid(s - rest) # softplus(rest - s), ex
 
 # %% ../nbs/04_losses.ipynb #c0989741
 def _check_settings(tau, chunk=None, tokens=None, M=None):
-    if not 0 < tau < float('inf'): raise ValueError(f'tau must be a positive temperature, got {tau}')
-    if chunk is not None and chunk < 1: raise ValueError(f'chunk must be 1 or more images, or None for all, got {chunk}')
-    if tokens is not None and not 1 <= tokens <= M: raise ValueError(f'tokens must be from 1 to the {M} of an image, or None, got {tokens}')
+    whole = lambda n: isinstance(n, int) and not isinstance(n, bool)
+    if not isinstance(tau, (int, float)) or not 0 < tau < float('inf'): raise ValueError(f'tau must be a positive temperature, got {tau!r}')
+    if chunk is not None and not (whole(chunk) and chunk >= 1): raise ValueError(f'chunk must be 1 or more images, or None for all, got {chunk!r}')
+    if tokens is not None and not (whole(tokens) and 1 <= tokens <= M): raise ValueError(f'tokens must be from 1 to the {M} of an image, or None, got {tokens!r}')
 
 def _check_patches(r, u, queue=None, same_grid=False, others=True):
     "Shapes of online patches `r`, target patches `u`, queue; `others`: negatives come from elsewhere. `ValueError` before any work."

@@ -458,6 +458,12 @@ def _spread(cells, n):
     "At most n of the cell numbers `cells` (K,), spread over them, by steps of the golden ratio."
     return cells[(torch.arange(1, min(n, len(cells)) + 1) * .618034 % 1 * len(cells)).long().unique()]
 
+# %% ../nbs/03_patches.ipynb #c2c0702b
+def _check_cells(n, grid, name):
+    "`ValueError` unless `n` cells are those of the grid."
+    rows, cols = as_grid(grid)
+    if n != rows * cols: raise ValueError(f'grid={grid} has {rows * cols} cells, but {name} is for {n}')
+
 # %% ../nbs/03_patches.ipynb #5ad71465
 def show_pairs(
     image: Tensor,  # (3,H,W) the view that was mined, uint8 or in [0,1]
@@ -470,6 +476,7 @@ def show_pairs(
 ):
     "Draws the pairs within an image: blue lines to all positives of a few cells, magenta bars across all negatives. Returns the axes."
     import matplotlib.pyplot as plt
+    _check_cells(pairs.pos.shape[1], grid, 'pairs')
     ax, x = ax or plt.subplots(figsize=(4, 4))[1], _picture(image)
     pos, pos_ok, neg, neg_ok = (v[i].detach().cpu().view(len(v[i]), -1) for v in (pairs.pos, pairs.pos_ok, pairs.neg, pairs.neg_ok))
     box = torch.tensor([[0., 0, *x.shape[:2]]])
@@ -529,6 +536,9 @@ def match_accuracy(
     index, ok = truth
     if not match.shape == index.shape == ok.shape:
         raise ValueError(f'match={tuple(match.shape)}: needs the shape of the truth, {tuple(index.shape)} and {tuple(ok.shape)}')
+    rows, cols = as_grid(grid)
+    if match.device.type == 'cpu' and int(torch.maximum(match, index).max()) >= rows * cols:
+        raise ValueError(f'grid={grid} has {rows * cols} cells, but match or truth name cell {int(torch.maximum(match, index).max())}')
     off = _cells_off(match, index, grid)
     return {name: ((off <= n) & ok).sum() / ok.sum() for name, n in (('exact', 0), ('near', 1))}
 
@@ -550,6 +560,7 @@ def show_matches(
 ):
     "Draws two views side by side, and lines between matched cells: green where right, red where not. Returns the axes."
     import matplotlib.pyplot as plt
+    for name, v in (('match', match), ('truth', truth[0])): _check_cells(v.shape[1], grid, name)
     ax = ax or plt.subplots(figsize=(6, 3))[1]
     xs = [_picture(F.interpolate(v.x[i:i+1], view_q.x.shape[2:])[0]) for v in (view_q, view_k)]
     match, index, ok = (v[i].cpu() for v in (match, *truth))

@@ -827,7 +827,7 @@ def show_heat(pictures: Tensor, # (B,3,H,W) uint8, or float in [0,1]
         ax.imshow(grey[i].numpy(), cmap='gray')
         m = m[i].detach().float().cpu()
         ax.imshow(m.numpy(), cmap='inferno', alpha=strength, interpolation='bilinear', extent=(-.5, w - .5, h - .5, -.5))
-        ax.text(.03, .03, f'{m.min():.2f} to {m.max():.2f}', transform=ax.transAxes, fontsize=6, color='white')
+        ax.text(.03, .03, f'{m.min():.2f} to {m.max():.2f}', transform=ax.transAxes, fontsize=6, color='white', bbox=dict(facecolor='black', alpha=.6, pad=1, lw=0))
     return _sheet(pictures, maps, draw, title)
 
 # %% ../nbs/08_probes.ipynb #e521823d

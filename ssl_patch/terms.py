@@ -8,10 +8,10 @@ __all__ = ['Seen', 'Term', 'match_term', 'repco_term', 'check_far', 'global_term
 
 # %% ../nbs/06b_terms.ipynb #69d02e67
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 import torch
 from torch import nn
-from .encoders import Features, mlp
+from .encoders import Features, check_pool, mlp
 from .losses import dense_nce, local_to_global, repco, token_to_image
 from .patches import dense_match, neighbour_masks, pairs_across, repco_pairs, true_match
 from .towers import Embedding, Queue
@@ -31,7 +31,9 @@ class Term:
     whole = False # whether it needs all patches of the grid
     takes_queue = False # whether it takes older image means as negatives
     def chance(self, B, M, K): return None # its value where nothing is told apart: B images, M patches each, K keys in the queue
-    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in fields(self) if f.name == 'tau' or getattr(self, f.name) != f.default)})"
+    def __repr__(self):
+        own = [f for f in fields(self) if f.name == 'tau' or getattr(self, f.name) != f.default] if is_dataclass(self) else []
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in own)})"
     def check(self, grid, queue): pass # raise `ValueError` for a grid (rows, cols) or a queue (or None) that it cannot work with
 
 # %% ../nbs/06b_terms.ipynb #ce14361b
@@ -141,7 +143,10 @@ def check_numbers(slot):
     "`ValueError` for terms, queue and weights that a dense slot cannot have."
     def want(ok, what):
         if not ok: raise ValueError(what)
+    check_pool(slot.pool)
     for t in slot.terms: want(isinstance(t, Term), f'terms must be match_term(), repco_term(), global_term() or a `Term` of your own, got {t!r}')
+    for t in slot.terms: want(all(n in [(v, w) for v in ('query', 'key') for w in ('online', 'target')] for n in t.needs),
+                              f"needs of {t!r} must be pairs of 'query' or 'key' with 'online' or 'target', got {t.needs}")
     want(slot.terms, 'terms must name at least one term')
     want(slot.candidates is None or isinstance(slot.candidates, Queue), f'candidates must be Queue(K), a number of keys K, or None, got {slot.candidates!r}')
     want(0 < slot.weight < math.inf, f'weight must be above 0, got {slot.weight}')
@@ -158,7 +163,7 @@ class Dense:
     beside: float|None = None # of the image loss; None: 1 - weight
     warmup: float = 0. # part of training, at the start, in which the patch terms do not count
     heads: tuple|None = None # (projector, predictor or None) for patches; None: DenseCL's two layers, without norm, as wide as the image's
-    candidates: object = None # `Queue(K)` of image means, or just K; None: patches of the other images of the batch
+    candidates: object = None # `Queue(K)` of image means, or just K; None: the other images of the batch, their means (`match_term`) or their patches
     pool: int = 1 # patches are averaged over pool x pool cells before they are compared
 
     def __post_init__(self):
@@ -214,7 +219,6 @@ def check_dense(dense:Dense, # the slot
         raise ValueError(f'patches are compared with images, so their heads must have one width, got {out} and {width}')
     for size in {v.size for v in views}:
         grid = tuple(max(1, n*size//encoder.size) for n in encoder.grid)
-        if isinstance(dense.pool, bool) or not isinstance(dense.pool, int) or dense.pool < 1: raise ValueError(f'pool must be a whole number of at least 1, got {dense.pool!r}')
         if any(n % dense.pool for n in grid): raise ValueError(f'pool={dense.pool} does not divide the grid of {grid[0]} x {grid[1]} patches of a view of {size} pixels')
         for t in dense.terms:
             t.check(tuple(n//dense.pool for n in grid), dense.candidates)

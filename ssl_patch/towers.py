@@ -98,7 +98,8 @@ class EMA(nn.Module):
                  shuffle:bool|None=None, # whether keys are computed in random order; None: where `split` > 1
                 ):
         super().__init__()
-        if not 0 <= start <= end <= 1: raise ValueError(f'EMA momentum must rise within [0,1], got {start} to {end}')
+        number = all(isinstance(m, (int, float)) for m in (start, end))
+        if not (number and 0 <= start <= end <= 1): raise ValueError(f'EMA momentum must rise within [0,1], got {start} to {end}')
         if when not in ('before', 'after'): raise ValueError(f"when must be 'before' or 'after', got {when!r}")
         self.net = split_batch_norm(copy.deepcopy(online).requires_grad_(False), split)
         self.start,self.end,self.when,self.split,self.shuffle = start,end,when,split,split > 1 if shuffle is None else shuffle

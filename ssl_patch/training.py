@@ -185,7 +185,8 @@ def collapse(row:dict, # of the history: feature_std, spread, neg, rank, and whe
     if row['rank'] < 1.5: return f"the features lie in one direction (effective rank {row['rank']:.1f}): a collapse. {advice}, or a head with batch-norm"
     if (row.get('within') or 0) > .98 and row['between'] < .9:
         return (f"the patches of an image are nearly equal (within {row['within']:.3f}, between {row['between']:.2f}): the features tell images apart, not places. "
-                "Whole-image features may still be good; for detection or segmentation, train with a loss on patches too")
+                "Whole-image features may still be good; for detection or segmentation, " + ("add a term that tells patches apart, such as match_term or repco_term"
+                if row.get('patch') is not None else "train with a loss on patches too"))
 
 # %% ../nbs/09_training.ipynb #df084dfb
 def plot_curves(history:list, # one dict per epoch: epoch, loss, and more where it was measured
@@ -199,7 +200,9 @@ def plot_curves(history:list, # one dict per epoch: epoch, loss, and more where 
         measured = [h for h in history if h.get(k) is not None]
         ax.plot([h['epoch'] for h in measured], [f(h[k]) for h in measured], style, **kw)
     fig, axs = plt.subplots(1, 4 + has('within'), figsize=(12 + 2*has('within'), 2.6))
-    draw(axs[0], 'loss'); axs[0].set(title='loss')
+    draw(axs[0], 'loss', label='loss'); axs[0].set(title='loss')
+    for k, label in (('image', 'of images'), ('patch', 'of patches')):
+        if has(k): draw(axs[0], k, '--', lw=.9, label=label); axs[0].legend(fontsize=7)
     if chance: axs[0].axhline(chance, ls=':', c='grey'); axs[0].annotate('chance', (history[-1]['epoch'], chance), (0, -10), textcoords='offset points', fontsize=8, color='grey', ha='right')
     for k, label in (('pos', 'positive pairs'), ('neg', 'different images'), ('spread', 'spread of keys')): draw(axs[1], k, label=label)
     axs[1].set(title='similarity', ylim=(-.2, 1.15))

@@ -218,16 +218,36 @@ def test_a_term_of_ones_own():
     (lambda e: RepCo(e, host='simclr'), "host must be"), (lambda e: RepCo(e, source='both'), 'source must be'), (lambda e: RepCo(e, pool=4), 'a grid of 1 x 1'),
     (lambda e: RepCo(e, far=4), 'at a distance of 4'), (lambda e: RepCo(e, positives=20), '20 others at a distance of 2'), (lambda e: RepCo(e, beta=-1.), 'beta'),
     (lambda e: RepCo(e, tokens=4), 'with a queue leave it None'), (lambda e: RepCo(e, 'moco_v3', tokens=17), 'from 1 to the 16'),
-    (lambda e: DenseCL(e, lam=0.), 'weight must be above 0'), (lambda e: DenseCL(e, lam=1.5), 'weight must be at most 1'), (lambda e: DenseCL(e, warmup=1.), 'warmup'),
+    (lambda e: DenseCL(e, lam=0.), 'lam, the share'), (lambda e: RepCo(e, lam=1.5), 'lam, the share'), (lambda e: DenseCL(e, warmup=1.), 'warmup'),
     (lambda e: DenseCL(e, pool=3), 'pool=3 does not divide'), (lambda e: DenseCL(e, pool=0), 'pool must be'), (lambda e: DenseCL(e, setting='mnist'), "got 'mnist'"),
     (lambda e: DenseCL(e, tau=0.), 'tau'), (lambda e: LocalToGlobal(e, online='global'), 'online must be'), (lambda e: LocalToGlobal(e, tokens=0), 'tokens'),
     (lambda e: LocalToGlobal(e, reverse=-1.), 'reverse'), (lambda e: LocalToGlobal(e, tau=-1.), 'tau'), (lambda e: Dense(global_term), 'terms must be'),
     (lambda e: RepCo(e, share=0.), 'share'), (lambda e: RepCo(e, quantile=2.), 'quantile'), (lambda e: RepCo(e, negatives=9), 'negatives'), (lambda e: RepCo(e, gap=-1.), 'gap'),
     (lambda e: APS(e, dense=repco_term()), 'needs the whole grid'), (lambda e: APS(e, dense=Dense(match_term(), pool=2)), 'needs the whole grid'),
     (lambda e: MoCoV2(e, dense=Dense(global_term(), candidates=8)), 'takes its negatives from the batch'), (lambda e: MoCoV2(e, dense=.5), 'dense must be Dense'),
+    (lambda e: Dense(match_term(), 2.), 'weight must be at most 1'), (lambda e: LocalToGlobal(e, pool=0), 'pool must be'), (lambda e: LocalToGlobal(e, tokens=1.5), 'tokens'),
+    (lambda e: LocalToGlobal(e, image=-1.), 'image, the weight'), (lambda e: RepCo(e, tau='a'), 'tau must be'), (lambda e: RepCo(e, 'moco_v3', setting='cifar'), 'setting is for MoCo v2'),
+    (lambda e: RepCo(e, hidden=8), 'hidden and out are for MoCo v3'), (lambda e: APS(e, momentum='x'), 'momentum'),
     (lambda e: APS(e, momentum=1.5), 'momentum'), (lambda e: APS(e, setting='coco'), "got 'coco'")])
 def test_bad_input_is_told_before_any_work(call, word):
     with pytest.raises(ValueError, match=word): call(net('vit'))
+
+def test_one_number_sizes_both_queues():
+    for make in (DenseCL, RepCo):
+        m = make(net('vit'), candidates=64)
+        assert (m.queue.size, m.patch_queue.size) == (64, 64)
+        m = make(net('vit')); m.fit_to(600, 16)
+        assert (m.queue.size, m.patch_queue.size) == (64, 64)
+    assert RepCo(vit(size=34, patch=2, width=16, depth=1, heads=2)).dense.pool == 1 # a grid of 17 x 17
+
+def test_step_cost_counts_and_leaves_the_method_alone():
+    from ssl_patch.methods import step_cost
+    m = MoCoV3(net('vit'), hidden=32, out=16)
+    with torch.no_grad(): m.trunk.projector[0].weight.add_(1.)
+    before = {k: v.clone() for k, v in m.state_dict().items()}
+    c = step_cost(m, batch(m)[0])
+    assert (c['images'], c['online_tokens'], c['target_tokens'], c['steps']) == (8, 32, 32, 1) and c['bytes'] > 8*2*17*32*4
+    assert all(torch.equal(v, before[k]) for k, v in m.state_dict().items())
 
 def test_a_batch_of_one_is_told():
     m = LocalToGlobal(net('vit'), hidden=32, out=16).eval()

@@ -334,3 +334,13 @@ def test_on_a_gpu_without_waiting():
     assert same(Pairs(*(v.cpu() for v in vars(got).values())), want) and gap.pos.is_cuda
     assert same(Pairs(*(v.cpu() for v in vars(three).values())), pairs_across(repco_pairs(x, 7, positives=3), truth))
     assert all(torch.equal(a.cpu(), c) for a, c in zip(t, truth)) and torch.equal(m.cpu(), dense_match(x, x.flip(1)))
+
+def test_another_grid_is_told():
+    f = torch.randn(1, 16, 4)
+    pairs, match = repco_pairs(f, 4), dense_match(f, f)
+    view = View(torch.rand(1, 3, 8, 8), torch.tensor([[0., 0, 8, 8]]), torch.zeros(1, dtype=torch.bool))
+    truth = true_match(view, view, 4)
+    for grid in (3, 5, (2, 4)):
+        with pytest.raises(ValueError, match='cells, but pairs'): show_pairs(view.x[0], grid, pairs)
+        with pytest.raises(ValueError, match='cells, but match'): show_matches(view, view, match, truth, grid)
+    with pytest.raises(ValueError, match='cells, but match or truth'): match_accuracy(match, truth, (2, 4))

@@ -9,12 +9,13 @@ import argparse, json
 from pathlib import Path
 import matplotlib; matplotlib.use('Agg')
 import matplotlib.pyplot as plt
+import PIL.Image
 import torch
 from ssl_patch.cli import load_data, saved
 from ssl_patch.data import fit, photo
 from ssl_patch.encoders import load_encoder, pool_cells
 from ssl_patch.methods import unit_rows
-from ssl_patch.patches import dense_match, match_accuracy, repco_pairs, show_matches, show_pairs, true_match
+from ssl_patch.patches import dense_match, match_accuracy, neighbour_masks, repco_pairs, show_matches, show_pairs, true_match
 from ssl_patch.probes import heat, show_heat, show_tokens
 from ssl_patch.views import generator_for, make_view, moco_demo
 
@@ -33,6 +34,14 @@ def runs_of(folders, only):
 @torch.no_grad()
 def features(encoder, x): return encoder.accept(x.shape[-1]).eval()(x)
 
+def at_border(features, grid):
+    "Share of RepCo's negatives that touch the outermost cells, and that share of all adjacent pairs."
+    rows, cols = grid
+    edge = torch.ones(rows, cols, dtype=torch.bool); edge[1:-1, 1:-1] = False; edge = edge.flatten()
+    pairs, adjacent = repco_pairs(features, grid), neighbour_masks(grid)[0]
+    touch = edge[None, :, None] | edge[pairs.neg]
+    return touch[pairs.neg_ok].float().mean().item(), (edge[:, None] | edge)[adjacent].float().mean().item()
+
 def matches(encoder, store, n=512):
     "Fraction of cells matched to the right place, and to within one cell, over `n` images and two views of each; and what chance would give."
     g = generator_for(0, 'matches')
@@ -42,7 +51,8 @@ def matches(encoder, store, n=512):
     truth = true_match(a, b, f.grid)
     chance = match_accuracy(torch.randint(f.patches.shape[1], truth[0].shape, generator=g), truth, f.grid)
     found = match_accuracy(dense_match(f.patches, k.patches), truth, f.grid)
-    return {n: v.item() for n, v in found.items()}, {n: v.item() for n, v in chance.items()}
+    border, all_pairs = at_border(f.patches, f.grid)
+    return dict(border=border) | {n: v.item() for n, v in found.items()}, dict(border=all_pairs) | {n: v.item() for n, v in chance.items()}
 
 def draw_pairs(rows, size=64):
     "RepCo's pairs on photographs; cells pooled to an 8 x 8 grid."
@@ -100,7 +110,10 @@ def main():
     (a.out/'matches.json').write_text(json.dumps(numbers, indent=0)+'\n')
     first = {n: load_encoder(r[0]/'encoder.safetensors') for n, r in found.items()}
     conv = {n: e for n, e in first.items() if e.spec['kind'] == 'resnet'}; tokens = {n: e for n, e in first.items() if e.spec['kind'] == 'vit'}
-    def save(name, fig): fig.savefig(a.out/f'{name}.png', dpi=80); plt.close(fig)
+    def save(name, fig):
+        "With a palette of 64 colours, so that the file stays small."
+        fig.savefig(a.out/f'{name}.png', dpi=72); plt.close(fig)
+        PIL.Image.open(a.out/f'{name}.png').convert('RGB').quantize(64, kmeans=2, dither=PIL.Image.Dither.NONE).save(a.out/f'{name}.png', optimize=True)
     for kind, some in (('resnet', conv), ('vit', tokens)):
         if not some: continue
         some = {'untrained': next(iter(some.values())).fresh(0)} | some

@@ -183,7 +183,7 @@ def collapse(row:dict, # of the history: feature_std, spread, neg, rank, and whe
         return (f"the keys of different images have become alike (spread {row['spread']:.2f} of 1, similarity {row['neg']:.2f}): a collapse. "
                 f"{advice}; check that the target gets no gradient; with a soft target, raise lam or lower tau_m or tau_t")
     if row['rank'] < 1.5: return f"the features lie in one direction (effective rank {row['rank']:.1f}): a collapse. {advice}, or a head with batch-norm"
-    if (row.get('within') or 0) > .98 and row['between'] < .9:
+    if (row.get('within') or 0) > .995 and row['between'] < .9:
         return (f"the patches of an image are nearly equal (within {row['within']:.3f}, between {row['between']:.2f}): the features tell images apart, not places. "
                 "Whole-image features may still be good; for detection or segmentation, " + ("add a term that tells patches apart, such as match_term or repco_term"
                 if row.get('patch') is not None else "train with a loss on patches too"))

@@ -75,10 +75,11 @@ def probe(a, run, seed):
     from ssl_patch.cli import load_data
     from ssl_patch.encoders import load_encoder
     from ssl_patch.probes import knn, linear, load_records, segmentation
+    from ssl_patch.results import name_and_seed
     if not (run/'encoder.safetensors').exists(): return
     torch.set_num_threads(max(1, os.cpu_count()//a.jobs))
     done = {r.protocol for r in load_records(run)} if (run/'records.jsonl').exists() else set()
-    encoder, name = load_encoder(run/'encoder.safetensors'), run.name.rsplit('_seed', 1)[0].replace('_', ' ')
+    encoder, name = load_encoder(run/'encoder.safetensors'), name_and_seed(run)[0]
     data = load_data(a.data, encoder.size, a.subset)
     for protocol, measure in (('kNN', knn), ('linear', linear)):
         if protocol not in done: measure(encoder, data, name=name, seed=seed).save(run)

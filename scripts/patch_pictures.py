@@ -14,9 +14,10 @@ import torch
 from ssl_patch.cli import load_data, saved
 from ssl_patch.data import fit, photo
 from ssl_patch.encoders import load_encoder, pool_cells
-from ssl_patch.methods import unit_rows
+from ssl_patch.methods import asked_rows
 from ssl_patch.patches import dense_match, match_accuracy, neighbour_masks, repco_pairs, show_matches, show_pairs, true_match
 from ssl_patch.probes import heat, show_heat, show_tokens
+from ssl_patch.results import name_and_seed
 from ssl_patch.views import generator_for, make_view, moco_demo
 
 PHOTOS = ('astronaut', 'chelsea', 'coffee', 'rocket')
@@ -28,7 +29,7 @@ def runs_of(folders, only):
     found = {}
     for folder in folders:
         for run in sorted(Path(folder).glob('*_seed*')):
-            if (run/'encoder.safetensors').exists(): found.setdefault(run.name.rsplit('_seed', 1)[0].replace('_', ' '), []).append(run)
+            if (run/'encoder.safetensors').exists(): found.setdefault(name_and_seed(run)[0], []).append(run)
     return {n: found[n] for n in only if n in found} if only else found
 
 @torch.no_grad()
@@ -85,7 +86,7 @@ def draw_heat(run, others, size=128):
     x, method = photographs(size), saved(run).build()[1]
     method.load_state_dict(torch.load(run/'checkpoint.pt', weights_only=True, map_location='cpu')['method']); method.eval()
     method.encoder.accept(size)
-    e = unit_rows(method.trunk(x), method.predictor, method.patch_predictor)
+    e = asked_rows(method.trunk(x), method.predictor, method.patch_predictor)
     maps = {}
     for name, encoder in others.items(): f = features(encoder, x); maps[name] = heat(f.image, f.patches, f.grid)
     maps['local to global,\nafter its heads'] = heat(e.image, e.patches, e.features.grid)
@@ -101,7 +102,7 @@ def main():
     found, numbers = runs_of(a.runs, a.only), []
     for name, runs in found.items():
         for run in runs:
-            encoder, seed = load_encoder(run/'encoder.safetensors'), int(run.name.rsplit('_seed', 1)[1])
+            encoder, seed = load_encoder(run/'encoder.safetensors'), name_and_seed(run)[1]
             store = load_data(a.data, encoder.size).test
             for who, e in ((name, encoder), ('random', encoder.fresh(seed))):
                 value, chance = matches(e, store)

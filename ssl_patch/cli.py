@@ -159,10 +159,10 @@ def patch_figures(method, encoder, sources, seed):
     "Name and figure: patch features as colours, and what the patch terms of the method compare."
     x = torch.stack([fit(s, encoder.size) for s in sources])
     yield 'tokens', show_tokens({'random': encoder.fresh(seed), 'trained': encoder}, x)
-    pool = method.dense.pool if method.dense else 1
-    for term in method.dense.terms if method.dense else ():
-        views = [make_view(x, r, generator_for(seed, i, 'patches')) for i, r in enumerate(method.views[:2])]
-        a, b = (pool_cells(encoder(v.x), pool) for v in views)
+    if method.dense is None: return
+    views = [make_view(x, r, generator_for(seed, i, 'patches')) for i, r in enumerate(method.views[:2])]
+    a, b = (pool_cells(encoder(v.x), method.dense.pool) for v in views)
+    for term in method.dense.terms:
         if isinstance(term, match_term):
             match, truth = dense_match(a.patches, b.patches), true_match(*views, a.grid)
             for i in range(len(x)): yield f'matches_{i}', show_matches(*views, match, truth, a.grid, i=i).figure
@@ -183,14 +183,15 @@ class Show:
         config = saved(self.run)
         data, method = config.build()
         encoder = load_encoder(Path(self.run)/'encoder.safetensors')
-        for i, source in enumerate(lively(data.train, self.images, self.seed)):
+        sources = lively(data.train, self.images, self.seed)
+        for i, source in enumerate(sources):
             g = generator_for(self.seed, i, 'show')
             views = [make_view(source[None], r, g) for r in method.views]
             yield f'views_{i}', show_views(source, views)
             if method.patches is None: continue
             yield f'patches_{i}', show_patches(source, views, method.patches(*views, method.encoder.grid, g), method.encoder.grid)
         yield 'neighbours', neighbours(encoder, data)
-        yield from patch_figures(method, encoder, lively(data.train, self.images, self.seed), self.seed)
+        yield from patch_figures(method, encoder, sources, self.seed)
 
     def go(self):
         out = Path(self.out or self.run); out.mkdir(parents=True, exist_ok=True)

@@ -6,9 +6,9 @@
 __all__ = ['aps_settings', 'moco_v1_settings', 'moco_v2_settings', 'ressl_settings', 'sce_settings', 'co2_terms',
            'densecl_settings', 'local_to_global_settings', 'methods', 'Training', 'unit', 'diagnose', 'Method',
            'check_kinds', 'check_slots', 'try_objective', 'all_pairs', 'width_of', 'describe', 'views_needed',
-           'need_online', 'unit_rows', 'Setting', 'setting_for', 'from_setting', 'APS', 'MoCoV3', 'sce_heads', 'MoCoV2',
-           'MoCoV1', 'ReSSL', 'CO2', 'SCE', 'twin', 'check_share', 'DenseCL', 'RepCo', 'LocalToGlobal', 'step_cost',
-           'build_method']
+           'need_online', 'asked_rows', 'answer_rows', 'Setting', 'setting_for', 'from_setting', 'APS', 'MoCoV3',
+           'sce_heads', 'MoCoV2', 'MoCoV1', 'ReSSL', 'CO2', 'SCE', 'twin', 'check_share', 'DenseCL', 'RepCo',
+           'LocalToGlobal', 'step_cost', 'build_method']
 
 # %% ../nbs/07_methods.ipynb #7a2bb55f
 import copy, math, warnings
@@ -65,10 +65,10 @@ class _Towers(nn.Module):
         "What the towers make of the views that they must look at, unit rows: two dicts, view number -> `Embedding`."
         need, looks = self.need, need_online(self.need, self.target)
         e = {v: self.trunk(views[v].x, keeps[v]) for v in looks}
-        asked = {v: unit_rows(e[v], self.predictor, self.patch_predictor) for v in sorted(need['online'])}
-        if self.target is None: return asked, {v: unit_rows(e[v], detach=True) for v in sorted(need['target'])}
+        asked = {v: asked_rows(e[v], self.predictor, self.patch_predictor) for v in sorted(need['online'])}
+        if self.target is None: return asked, {v: answer_rows(e[v]) for v in sorted(need['target'])}
         if self.target.when == 'before' and self.training: self.target.update(self.trunk, progress)
-        return asked, {v: unit_rows(self.target(views[v].x, keeps[v])) for v in sorted(need['target'])}
+        return asked, {v: answer_rows(self.target(views[v].x, keeps[v])) for v in sorted(need['target'])}
 
     def compare(self, q, k, everyone, queue):
         "The objective; where keys of the batch are candidates, those of all processes are."
@@ -268,18 +268,19 @@ def views_needed(pairs, needs=()) -> dict: # tower -> set of view numbers
 
 def need_online(need, target): return sorted(need['online'] if target else need['online'] | need['target'])
 
-def unit_rows(e:Embedding, # projections of one view
-              predictor=None, # on the image vectors; None: none
-              patch_predictor=None, # on the patches; None: none
-              detach:bool=False, # without gradient
-             ) -> Embedding: # unit rows in float32, with the mean over patches
-    "Predict, and bring to unit length. The mean is over the projections as they are, as DenseCL takes it."
-    image, patches = (x.detach() if detach and x is not None else x for x in (e.image, e.patches))
-    if predictor is not None: image = predictor(image)
-    if patches is None: return Embedding(unit(image), None, e.features)
-    mean = unit(patches.detach().float().mean(1))
-    if patch_predictor is not None: patches = each_patch(patch_predictor, patches)
-    return Embedding(unit(image), unit(patches), e.features, mean)
+def asked_rows(e:Embedding, # projections of one view, by the online tower
+               predictor, # of the image vectors
+               patch_predictor, # of the patches
+              ) -> Embedding: # unit rows in float32
+    "What the online tower asks with: predicted, and brought to unit length."
+    patches = None if e.patches is None else unit(each_patch(patch_predictor, e.patches))
+    return Embedding(unit(predictor(e.image)), patches, e.features)
+
+def answer_rows(e:Embedding) -> Embedding: # unit rows in float32, without gradient, and the mean over patches
+    "What it is compared with. The mean is over the projections as they are, as DenseCL takes it."
+    if e.patches is None: return Embedding(unit(e.image.detach()), None, e.features)
+    patches = e.patches.detach()
+    return Embedding(unit(e.image.detach()), unit(patches), e.features, unit(patches.float().mean(1)))
 
 # %% ../nbs/07_methods.ipynb #9321a2ac
 @dataclass(frozen=True)

@@ -396,13 +396,18 @@ def _partners(similar, away, positives):
         best, pos = (v[..., :positives] for v in similar.sort(dim=-1, descending=True, stable=True))
     return best, torch.where(best.isneginf(), torch.arange(cells, device=pos.device)[:, None], pos)
 
+# %% ../nbs/03_patches.ipynb #e97463c4
+def _check_cells(n, grid, whose):
+    "`ValueError` unless `n` cells, those of `whose`, are the cells of the grid."
+    rows, cols = as_grid(grid)
+    if n != rows * cols: raise ValueError(f'grid={grid} has {rows * cols} cells, but {whose} {n}')
+
 # %% ../nbs/03_patches.ipynb #4d08c1ad
 def _check_mining(features, grid, far, share, negatives, quantile, gap, positives):
     "(rows, cols); `ValueError` for a wrong argument of `repco_pairs`."
     _check_features(features, 'features')
     rows, cols = as_grid(grid)
-    if rows * cols != features.shape[1]:
-        raise ValueError(f'grid={grid} has {rows * cols} cells, but features={tuple(features.shape)} has {features.shape[1]}')
+    _check_cells(features.shape[1], grid, f'features={tuple(features.shape)} has')
     _whole(far, 'far', 2, why=', as a neighbour has distance 1')
     _whole(negatives, 'negatives', 1, 8, why=', as a cell has 8 neighbours at most')
     _whole(positives, 'positives', 1)
@@ -458,12 +463,6 @@ def _spread(cells, n):
     "At most n of the cell numbers `cells` (K,), spread over them, by steps of the golden ratio."
     return cells[(torch.arange(1, min(n, len(cells)) + 1) * .618034 % 1 * len(cells)).long().unique()]
 
-# %% ../nbs/03_patches.ipynb #c2c0702b
-def _check_cells(n, grid, name):
-    "`ValueError` unless `n` cells are those of the grid."
-    rows, cols = as_grid(grid)
-    if n != rows * cols: raise ValueError(f'grid={grid} has {rows * cols} cells, but {name} is for {n}')
-
 # %% ../nbs/03_patches.ipynb #5ad71465
 def show_pairs(
     image: Tensor,  # (3,H,W) the view that was mined, uint8 or in [0,1]
@@ -476,7 +475,7 @@ def show_pairs(
 ):
     "Draws the pairs within an image: blue lines to all positives of a few cells, magenta bars across all negatives. Returns the axes."
     import matplotlib.pyplot as plt
-    _check_cells(pairs.pos.shape[1], grid, 'pairs')
+    _check_cells(pairs.pos.shape[1], grid, 'pairs is for')
     ax, x = ax or plt.subplots(figsize=(4, 4))[1], _picture(image)
     pos, pos_ok, neg, neg_ok = (v[i].detach().cpu().view(len(v[i]), -1) for v in (pairs.pos, pairs.pos_ok, pairs.neg, pairs.neg_ok))
     box = torch.tensor([[0., 0, *x.shape[:2]]])
@@ -560,7 +559,7 @@ def show_matches(
 ):
     "Draws two views side by side, and lines between matched cells: green where right, red where not. Returns the axes."
     import matplotlib.pyplot as plt
-    for name, v in (('match', match), ('truth', truth[0])): _check_cells(v.shape[1], grid, name)
+    for name, v in (('match', match), ('truth', truth[0])): _check_cells(v.shape[1], grid, f'{name} is for')
     ax = ax or plt.subplots(figsize=(6, 3))[1]
     xs = [_picture(F.interpolate(v.x[i:i+1], view_q.x.shape[2:])[0]) for v in (view_q, view_k)]
     match, index, ok = (v[i].cpu() for v in (match, *truth))

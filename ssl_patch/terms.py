@@ -30,11 +30,12 @@ class Term:
     needs = {('query', 'online'), ('key', 'target')} # which tower must look at which view
     whole = False # whether it needs all patches of the grid
     takes_queue = False # whether it takes older image means as negatives
+    with_images = False # whether patches are compared with image vectors, so that both need one width
     def chance(self, B, M, K): return None # its value where nothing is told apart: B images, M patches each, K keys in the queue
     def __repr__(self):
         own = [f for f in fields(self) if f.name == 'tau' or getattr(self, f.name) != f.default] if is_dataclass(self) else []
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in own)})"
-    def check(self, grid, queue): pass # raise `ValueError` for a grid (rows, cols) or a queue (or None) that it cannot work with
+    def check(self, grid): pass # raise `ValueError` for a grid (rows, cols) that it cannot work with
 
 # %% ../nbs/06b_terms.ipynb #ce14361b
 @dataclass(frozen=True, repr=False)
@@ -50,9 +51,6 @@ class match_term(Term):
         return dense_nce(query.online.patches, key.target.patches, match, queue, self.tau, self.chunk)
 
     def chance(self, B, M, K): return math.log(1+K if K else B)
-
-# %% ../nbs/06b_terms.ipynb #c78167cc
-def _unit(x): return nn.functional.normalize(x.float(), dim=-1)
 
 # %% ../nbs/06b_terms.ipynb #3da67391
 @dataclass(frozen=True, repr=False)
@@ -95,7 +93,7 @@ class repco_term(Term):
         return repco(query.online.patches, partner.patches, pairs, queue, self.tau, self.beta, self.positive, self.tokens, self.chunk,
                      joint=self.joint, **here)
 
-    def check(self, grid, queue): check_far(grid, self.far, self.positives if self.positive else 0, self.beta > 0)
+    def check(self, grid): check_far(grid, self.far, self.positives if self.positive else 0, self.beta > 0)
 
 # %% ../nbs/06b_terms.ipynb #86bae216
 def check_far(grid, far, positives, negatives):
@@ -115,6 +113,8 @@ class global_term(Term):
     reverse: float = 0. # weight of the opposite question, mu
     tokens: int|None = None # patches per image that are compared, drawn anew each time; None: all
     chunk: int|None = None # anchors at a time, to bound memory; None: all
+
+    with_images = True
 
     def __post_init__(self):
         if self.online not in ('each', 'local', 'anchor', 'both'): raise ValueError(f"online must be 'each', 'local', 'anchor' or 'both', got {self.online!r}")
@@ -215,14 +215,15 @@ def check_dense(dense:Dense, # the slot
         if any(t.whole for t in dense.terms): raise ValueError(f'{terms} needs the whole grid of patches: use patches=None')
         if dense.pool > 1: raise ValueError(f'pool={dense.pool} needs the whole grid of patches: use patches=None, or pool=1')
     if dense.candidates and not any(t.takes_queue for t in dense.terms): raise ValueError(f'{terms} takes its negatives from the batch: use candidates=None')
-    if out != width and any(isinstance(t, global_term) for t in dense.terms):
+    if out != width and any(t.with_images for t in dense.terms):
         raise ValueError(f'patches are compared with images, so their heads must have one width, got {out} and {width}')
     for size in {v.size for v in views}:
         grid = tuple(max(1, n*size//encoder.size) for n in encoder.grid)
         if any(n % dense.pool for n in grid): raise ValueError(f'pool={dense.pool} does not divide the grid of {grid[0]} x {grid[1]} patches of a view of {size} pixels')
         for t in dense.terms:
-            t.check(tuple(n//dense.pool for n in grid), dense.candidates)
-            if type(t) in (match_term, repco_term, global_term): try_term(t, tuple(n//dense.pool for n in grid), dense.candidates)
+            pooled = tuple(n//dense.pool for n in grid)
+            t.check(pooled)
+            if type(t) in (match_term, repco_term, global_term): try_term(t, pooled, dense.candidates)
 
 def try_term(term, grid, queue):
     "A term of the library with wrong settings: `ValueError`. It is tried on two images of nothing."

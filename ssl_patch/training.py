@@ -317,33 +317,9 @@ def prepare(method, data, device, bf16):
             m.to(memory_format=torch.channels_last)
         if hasattr(m, 'explicit_attention'): m.explicit_attention(bf16 and device == 'cpu')
 
-# %% ../nbs/09_training.ipynb #74619086
-class _Loop:
-    "The part of `Pretrainer` that trains."
-    def __repr__(self):
-        last = self.history[-1] if self.history else {}
-        numbers = ', '.join(f'{n} {last[k]:.3f}' for k, n in (('loss', 'loss'), ('knn', 'kNN')) if last.get(k) is not None)
-        return f'{self.method.name} on {self.data.name}: batch {self.batches} of {self.total}' + (f', {numbers}' if numbers else '')
-
-    @property
-    def encoder(self): return self.method.encoder # the online encoder
-    @property
-    def total(self): return self.epochs*len(self.loader) # batches of the whole run
-
-    def fit(self, epochs:int|None=None): # how many epochs now; None: all that are left
-        "Train, or go on. Ctrl-C, the stop button and SIGTERM end it after the current batch, with a checkpoint."
-        first = self.batches // len(self.loader)
-        last = self.epochs if epochs is None else min(self.epochs, first+epochs)
-        self.begin(last)
-        with noted_signals() as stop, torch.random.fork_rng():
-            for epoch in range(first, last):
-                for views, _ in self.loader.epoch(epoch, start=self.batches % len(self.loader)):
-                    self.train_batch(views)
-                    if stop and self.batches % len(self.loader): self.halt(stop[0])
-                self.end_epoch(epoch+1)
-                if stop and self.batches < self.total: self.halt(stop[0])
-        return self.finish()
-
+# %% ../nbs/09_training.ipynb #0d26388a
+class _Batch:
+    "The part of `Pretrainer` that trains on one loaded batch."
     def train_batch(self, views):
         "One loaded batch: a forward, a backward and an optimiser step for each draw of patches."
         done = self.batches/self.total
@@ -370,29 +346,36 @@ class _Loop:
         for g in self.optimizer.param_groups:
             g['lr'] = self.lr*lr_factor(epoch, self.epochs, self.recipe.warmup, self.recipe.cosine_after_warmup, self.recipe.drops)
 
-# %% ../nbs/09_training.ipynb #049a5c48
-class _Bookkeeping:
-    "The part of `Pretrainer` that is not training: files, numbers, stopping, resuming."
-    def begin(self, last):
-        if self.out and not (self.batches and (self.out/'config.json').exists()): write_aside(self.out/'config.json', as_json(self.config()))
-        self.progress.start(self.batches, last*len(self.loader)); self.clock = time.time()
+# %% ../nbs/09_training.ipynb #90b2c18a
+class _Loop(_Batch):
+    "The part of `Pretrainer` that goes from batch to batch."
+    def __repr__(self):
+        last = self.history[-1] if self.history else {}
+        numbers = ', '.join(f'{n} {last[k]:.3f}' for k, n in (('loss', 'loss'), ('knn', 'kNN')) if last.get(k) is not None)
+        return f'{self.method.name} on {self.data.name}: batch {self.batches} of {self.total}' + (f', {numbers}' if numbers else '')
 
-    def end_epoch(self, epoch):
-        self.check_finite()
-        self.tick()
-        n = len(self.loader)*self.recipe.batch_size
-        row = dict(epoch=epoch, batches=self.batches, images=epoch*n, **self.meter.means(), **signs(self.method.seen), lr=self.optimizer.param_groups[0]['lr'],
-                   seconds=self.seconds, images_per_s=self.batches*self.recipe.batch_size/self.seconds, knn=None)
-        if self.knn_every and (epoch % self.knn_every == 0 or epoch == self.epochs): row['knn'] = subset_knn(self.encoder, self.data)
-        self.clock = time.time() # measuring is not training
-        self.history.append(row); self.meter = Meter()
-        kind = lambda row: (collapse(row) or '').split('(')[0] # each kind is named when it begins
-        if kind(row) not in ('', *map(kind, self.history[-2:-1])): self.progress.say(f'epoch {epoch}: {collapse(row)}')
-        if self.out and (epoch % self.save_every == 0 or epoch == self.epochs): self.save()
-        self.progress.epoch(self.batches, row, self.epochs, self.curves)
+    @property
+    def encoder(self): return self.method.encoder # the online encoder
+    @property
+    def total(self): return self.epochs*len(self.loader) # batches of the whole run
 
-    def tick(self): self.seconds += time.time() - self.clock; self.clock = time.time()
+    def fit(self, epochs:int|None=None): # how many epochs now; None: all that are left
+        "Train, or go on. Ctrl-C, the stop button and SIGTERM end it after the current batch, with a checkpoint."
+        first = self.batches // len(self.loader)
+        last = self.epochs if epochs is None else min(self.epochs, first+epochs)
+        self.begin(last)
+        with noted_signals() as stop, torch.random.fork_rng():
+            for epoch in range(first, last):
+                for views, _ in self.loader.epoch(epoch, start=self.batches % len(self.loader)):
+                    self.train_batch(views)
+                    if stop and self.batches % len(self.loader): self.halt(stop[0])
+                self.end_epoch(epoch+1)
+                if stop and self.batches < self.total: self.halt(stop[0])
+        return self.finish()
 
+# %% ../nbs/09_training.ipynb #ab44aaae
+class _Stop:
+    "The part of `Pretrainer` that ends a run: a loss that is not finite, a signal, the last epoch."
     def check_finite(self):
         bad = self.meter.first_bad()
         if bad < 0: return
@@ -419,9 +402,32 @@ class _Bookkeeping:
         "Loss, similarities and kNN so far, as a figure."
         return plot_curves(self.history, self.method.chance(self.recipe.batch_size), f'{self.method.name} on {self.data.name}')
 
-# %% ../nbs/09_training.ipynb #e672ec52
-class _State:
-    "The part of `Pretrainer` that is written and read: configuration, checkpoint, card."
+# %% ../nbs/09_training.ipynb #b5fb8708
+class _Bookkeeping(_Stop):
+    "The part of `Pretrainer` that begins a run and closes each epoch: files and numbers."
+    def begin(self, last):
+        if self.out and not (self.batches and (self.out/'config.json').exists()): write_aside(self.out/'config.json', as_json(self.config()))
+        self.progress.start(self.batches, last*len(self.loader)); self.clock = time.time()
+
+    def end_epoch(self, epoch):
+        self.check_finite()
+        self.tick()
+        n = len(self.loader)*self.recipe.batch_size
+        row = dict(epoch=epoch, batches=self.batches, images=epoch*n, **self.meter.means(), **signs(self.method.seen), lr=self.optimizer.param_groups[0]['lr'],
+                   seconds=self.seconds, images_per_s=self.batches*self.recipe.batch_size/self.seconds, knn=None)
+        if self.knn_every and (epoch % self.knn_every == 0 or epoch == self.epochs): row['knn'] = subset_knn(self.encoder, self.data)
+        self.clock = time.time() # measuring is not training
+        self.history.append(row); self.meter = Meter()
+        kind = lambda row: (collapse(row) or '').split('(')[0] # each kind is named when it begins
+        if kind(row) not in ('', *map(kind, self.history[-2:-1])): self.progress.say(f'epoch {epoch}: {collapse(row)}')
+        if self.out and (epoch % self.save_every == 0 or epoch == self.epochs): self.save()
+        self.progress.epoch(self.batches, row, self.epochs, self.curves)
+
+    def tick(self): self.seconds += time.time() - self.clock; self.clock = time.time()
+
+# %% ../nbs/09_training.ipynb #2a897fa5
+class _Config:
+    "The part of `Pretrainer` that says what a run is: configuration, and the card of its encoder."
     def config(self):
         "Everything a run depends on, for config.json."
         return dict(method=self.method.name, slots=self.method.slots(), encoder=self.encoder.spec, training=asdict(self.recipe), lr=self.lr,
@@ -434,6 +440,15 @@ class _State:
         c = self.config()
         return {k: json.dumps(c[k], default=str) for k in ('method', 'slots', 'encoder', 'training', 'lr', 'seed', 'bf16', 'data', 'views')}
 
+    def card(self):
+        "What an encoder file says of itself."
+        c = self.config(); last = self.history[-1]
+        return {k: c[k] for k in ('method', 'slots', 'training', 'lr', 'seed', 'data', 'versions')} | dict(
+            tower='online', epochs_done=last['epoch'], loss=last['loss'], subset_knn=last['knn'], data_note=self.data.note)
+
+# %% ../nbs/09_training.ipynb #bcb31d8f
+class _State(_Config):
+    "The part of `Pretrainer` that is written and read: the checkpoint."
     def state_dict(self):
         return dict(identity=self.identity(), method=self.method.state_dict(), optimizer=self.optimizer.state_dict(),
                     meter=self.meter.state_dict(), batches=self.batches, seconds=self.seconds, history=self.history, **({'clip': self.clip.state_dict()} if self.clip else {}))
@@ -460,12 +475,6 @@ class _State:
         try: state = torch.load(self.out/'checkpoint.pt', map_location=self.device, weights_only=True)
         except Exception as e: raise ValueError(f'{self.out}/checkpoint.pt is not a readable checkpoint: {e}') from e
         self.load_state_dict(state)
-
-    def card(self):
-        "What an encoder file says of itself."
-        c = self.config(); last = self.history[-1]
-        return {k: c[k] for k in ('method', 'slots', 'training', 'lr', 'seed', 'data', 'versions')} | dict(
-            tower='online', epochs_done=last['epoch'], loss=last['loss'], subset_knn=last['knn'], data_note=self.data.note)
 
 # %% ../nbs/09_training.ipynb #506a3ee6
 def hardware(device) -> str: # in words

@@ -302,5 +302,5 @@ def test_the_terms_take_any_grid(grid):
         e = lambda: Embedding(unit(torch.randn(4, 8)), unit(torch.randn(4, M, 8)), Features(torch.randn(4, 8), torch.randn(4, M, 8), grid))
         return Seen(View(torch.zeros(4, 3, 8, 8), torch.tensor([[0., 0, 8, 8]]*4), torch.zeros(4, dtype=torch.bool)), e(), e())
     for term in (match_term(), repco_term(), repco_term(source='other'), global_term()):
-        term.check(grid, None)
+        term.check(grid)
         assert torch.isfinite(term(seen(), seen()))

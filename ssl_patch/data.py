@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['photo_names', 'fit', 'decode', 'photo', 'show_images', 'Images', 'TensorImages', 'pixel_stats', 'ImageData',
-           'photo_regions', 'photo_crops', 'ByteFiles', 'BytePack', 'FileImages', 'pack', 'data_root', 'images']
+           'photo_regions', 'photo_crops', 'ByteFiles', 'BytePack', 'FileImages', 'copies', 'pack', 'data_root',
+           'images']
 
 # %% ../nbs/01_data.ipynb #04c6fc43
 import copy
 import difflib
+import hashlib
 import importlib.util
 import io
 import os
@@ -32,11 +34,13 @@ def photo_names() -> list[str]:
 
 # %% ../nbs/01_data.ipynb #46a5af55
 def fit(x: torch.Tensor, # (..., 3, H, W), uint8
-        size: int        # pixels
+        size: int,       # pixels
+        resize: int|None=None # short side before the cut, at least `size`; None: `size`
        ) -> torch.Tensor: # (..., 3, size, size)
-    "Resize the short side to `size` (antialiased) and cut the centre; an image of that size is returned as it is."
-    if x.shape[-2:] == (size, size): return x
-    return F.center_crop(F.resize(x, [size], antialias=True), [size, size])
+    "Resize the short side (antialiased) and cut the centre; an image of that size is returned as it is. ValueError if resize < size."
+    if resize is not None and resize < size: raise ValueError(f'resize={resize}: takes at least the size of the cut, {size}, or None')
+    if resize is None and x.shape[-2:] == (size, size): return x
+    return F.center_crop(F.resize(x, [resize or size], antialias=True), [size, size])
 
 # %% ../nbs/01_data.ipynb #04d07938
 def decode(data: bytes,         # an encoded image: JPEG, PNG, WebP, ...
@@ -103,10 +107,11 @@ class Images:
     def __init__(self, labels=None,      # (N,) whole numbers, -1 for none; or None
                  classes=None,           # names of the classes
                  name: str='',           # shown in reprs and messages
-                 skipped=()):            # images that could not be read: (name, reason)
+                 skipped=(),             # images that could not be read: (name, reason)
+                 encoded=None):          # the files that the images are from: ByteFiles, BytePack or None
         self.labels = None if labels is None else torch.as_tensor(labels).long()
         self.classes = None if classes is None else [str(c) for c in classes]
-        self.name, self._skipped = name, list(skipped)
+        self.name, self._skipped, self.encoded, self._prints = name, list(skipped), encoded, None
 
     def __len__(self): raise NotImplementedError
     def __getitem__(self, i): raise NotImplementedError
@@ -118,6 +123,10 @@ class Images:
     def skipped(self) -> list:
         "(name, reason) of every image that could not be read."
         return list(self._skipped)
+    @property
+    def names(self) -> list|None:
+        "Name of every image's file, or None if the images are not from files."
+        return None if self.encoded is None else [self.encoded.name(i) for i in range(len(self))]
     def to(self, device) -> 'Images':
         "The same store with what is in memory moved to `device`."
         return self
@@ -152,10 +161,10 @@ def _balanced_order(labels, n, seed):
 class TensorImages(Images):
     "A store in memory: `images` is one uint8 tensor (N,3,H,W), on any device. Raises ValueError for any other tensor."
     def __init__(self, images: torch.Tensor, # (N,3,H,W), uint8
-                 labels=None, classes=None, name: str='', skipped=()): # as in `Images`
+                 labels=None, classes=None, name: str='', skipped=(), encoded=None): # as in `Images`
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f'images: got {images.dtype} of shape {tuple(images.shape)}; accepted: torch.uint8 of shape (N, 3, H, W)')
-        super().__init__(labels, classes, name, skipped)
+        super().__init__(labels, classes, name, skipped, encoded)
         self.images = images
     def __len__(self): return len(self.images)
     def __getitem__(self, i): return self.images[i]
@@ -163,15 +172,16 @@ class TensorImages(Images):
     def subset(self, indices) -> 'TensorImages':
         idx = torch.as_tensor(indices, device=self.images.device)
         labels = None if self.labels is None else self.labels[idx.to(self.labels.device)]
-        return TensorImages(self.images[idx], labels, self.classes, self.name, self._skipped)
+        encoded = None if self.encoded is None else self.encoded.pick(torch.arange(len(self))[idx.cpu()].tolist())
+        return TensorImages(self.images[idx], labels, self.classes, self.name, self._skipped, encoded)
     def to(self, device) -> 'TensorImages':
         labels = None if self.labels is None else self.labels.to(device)
-        return TensorImages(self.images.to(device), labels, self.classes, self.name, self._skipped)
-    def batches(self, size: int, batch_size: int=512, device=None, workers: int=0) -> Iterator:
+        return TensorImages(self.images.to(device), labels, self.classes, self.name, self._skipped, self.encoded)
+    def batches(self, size: int, batch_size: int=512, device=None, workers: int=0, resize: int|None=None) -> Iterator:
         "Batches (x uint8 (b,3,size,size), labels (b,) or None) in order, resized and cut at the centre, not augmented."
         for i in range(0, len(self), batch_size):
             x, y = self.images[i:i+batch_size], None if self.labels is None else self.labels[i:i+batch_size]
-            yield fit(x.to(device or x.device), size), None if y is None else y.to(device or x.device)
+            yield fit(x.to(device or x.device), size, resize), None if y is None else y.to(device or x.device)
 
 # %% ../nbs/01_data.ipynb #d648f07d
 def pixel_stats(store: 'Images',     # any store
@@ -212,6 +222,11 @@ class ImageData:
     def to(self, device) -> 'ImageData':
         "The same data with what is in memory moved to `device`."
         return ImageData(self.train.to(device), self.test and self.test.to(device), self.name, self.note, self._stats)
+    def without_copies(self) -> 'ImageData':
+        "The same data without the train images that are in test too."
+        if self.test is None or not len(copies(self.train, self.test)): return self
+        both = torch.isin(self.train.fingerprints(), self.test.fingerprints())
+        return ImageData(self.train.subset((~both).nonzero().flatten()), self.test, self.name, self.note)
     def sample(self, n: int, n_test: int|None=None, seed: int=0) -> 'ImageData':
         "Small data from large: `n` train images and `n_test` test images (None: all), balanced over classes."
         test = self.test.sample(n_test, seed) if self.test is not None and n_test else self.test
@@ -315,8 +330,8 @@ class FileImages(Images):
     def __init__(self, encoded,          # ByteFiles or BytePack
                  labels=None, classes=None, name: str='', skipped=(), # as in `Images`
                  size: int|None=None):   # images are resized and cut to it; None keeps their own sizes
-        super().__init__(labels, classes, name, skipped)
-        self.encoded, self.size = encoded, size
+        super().__init__(labels, classes, name, skipped, encoded)
+        self.size = size
         self._broken = torch.zeros(len(encoded), dtype=torch.bool).share_memory_()
     def __len__(self): return len(self.encoded)
     def _shape(self): return f'{self.size}x{self.size} pixels, streamed' if self.size else 'streamed'
@@ -343,9 +358,9 @@ class FileImages(Images):
         yield i
         order = torch.arange(i+1, i+len(self)) % len(self)
         yield from (order if self.labels is None else order[self.labels[order] == self.labels[i]]).tolist()
-    def batches(self, size: int, batch_size: int=512, device=None, workers: int=0) -> Iterator:
+    def batches(self, size: int, batch_size: int=512, device=None, workers: int=0, resize: int|None=None) -> Iterator:
         "Batches (x uint8 (b,3,size,size), labels (b,) or None) in order, resized and cut at the centre, not augmented."
-        loader = torch.utils.data.DataLoader(_Fitted(self, size), batch_size, num_workers=workers)
+        loader = torch.utils.data.DataLoader(_Fitted(self, size, resize), batch_size, num_workers=workers)
         for i, x in enumerate(loader):
             y = None if self.labels is None else self.labels[i*batch_size:(i+1)*batch_size]
             yield x.to(device or 'cpu'), None if y is None else y.to(device or 'cpu')
@@ -353,9 +368,9 @@ class FileImages(Images):
 # %% ../nbs/01_data.ipynb #708b2fab
 class _Fitted(torch.utils.data.Dataset):
     "A store whose images all have one size."
-    def __init__(self, store, size): self.store, self.size = store, size
+    def __init__(self, store, size, resize): self.store, self.size, self.resize = store, size, resize
     def __len__(self): return len(self.store)
-    def __getitem__(self, i): return fit(self.store[i], self.size)
+    def __getitem__(self, i): return fit(self.store[i], self.size, self.resize)
 
 def _reason(e):
     "One short line for an exception."
@@ -428,8 +443,37 @@ def _open(encoded, labels, classes, name, size, stream, limit, check=True) -> Im
     if bad:
         warnings.warn(f'{name}: {len(bad)} of {len(encoded)} images cannot be read and are skipped: {listed}', stacklevel=3)
         labels = None if labels is None else torch.as_tensor(labels)[keep]
-    if whole: return TensorImages(images[keep] if bad else images, labels, classes, name, skipped)
-    return FileImages(encoded.pick(keep) if bad else encoded, labels, classes, name, skipped, size)
+    encoded = encoded.pick(keep) if bad else encoded
+    if whole: return TensorImages(images[keep] if bad else images, labels, classes, name, skipped, encoded)
+    return FileImages(encoded, labels, classes, name, skipped, size)
+
+# %% ../nbs/01_data.ipynb #0274d699
+def _hashed(data: bytes):
+    "64 bits of a hash as a whole number."
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), 'little', signed=True)
+
+def _fingerprints(self: Images) -> torch.Tensor: # (N,), int64
+    "A number for every image, equal for exact copies. Raises what reading a file raises."
+    pixels = getattr(self, 'images', None)
+    state = getattr(pixels, '_version', 0)                           # PyTorch counts changes in place
+    if self._prints is None or self._prints[0] != state:
+        if self.encoded is not None: one = lambda i: _hashed(self.encoded.read(i, 65536))
+        elif pixels is not None: one = lambda i, x=pixels.cpu().numpy(): _hashed(x[i].tobytes())
+        else: one = lambda i: _hashed(self[i].numpy().tobytes())
+        found = _in_threads(one, len(self))
+        for e in found:
+            if isinstance(e, Exception): raise e
+        self._prints = state, torch.tensor(found, dtype=torch.int64)
+    return self._prints[1]
+
+Images.fingerprints = _fingerprints
+
+# %% ../nbs/01_data.ipynb #7b187c60
+def copies(train: Images, # what was learned from
+           test: Images   # what is measured on
+          ) -> torch.Tensor: # (n,) numbers of test images
+    "The test images that are in train too, as exact copies."
+    return torch.isin(test.fingerprints(), train.fingerprints()).nonzero().flatten()
 
 # %% ../nbs/01_data.ipynb #cbab302f
 _ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm')

@@ -201,6 +201,8 @@ class Method(_Step, _Queues, _Words):
         self.trunk = Trunk(encoder, projector, patch_projector, dense.pool if dense else 1)
         self.predictor,self.patch_predictor = predictor or nn.Identity(),patch_predictor or nn.Identity()
         self.target,self.dense = target and target(self.trunk),dense
+        encoder.tower = 'online'
+        if self.target_encoder is not None: self.target_encoder.tower = 'target'
         self.queue = candidates and candidates.build(width)
         self.patch_queue = dense and dense.candidates and dense.candidates.build(width_of(patch_projector))
         self.need = views_needed(pairs, dense.needs if dense else ())
@@ -210,6 +212,8 @@ class Method(_Step, _Queues, _Words):
 
     @property
     def encoder(self): return self.trunk.encoder # the online encoder: what is judged and kept
+    @property
+    def target_encoder(self): return getattr(getattr(self.target, 'net', None), 'encoder', None) # the EMA tower's, or None
 
 # %% ../nbs/07_methods.ipynb #7c0e26a3
 def check_kinds(encoder, views, target, candidates, objective, dense):

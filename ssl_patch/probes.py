@@ -4,23 +4,28 @@
 
 # %% auto #0
 __all__ = ['frozen', 'extract', 'raw_pixels', 'topk_similar', 'vote', 'knn_predict', 'standardise', 'fit_linear', 'Record',
-           'load_records', 'evaluate', 'architecture', 'accuracy', 'knn', 'linear', 'Table', 'table', 'patch_features',
-           'raw_patches', 'cell_labels', 'confusion', 'iou', 'segment', 'place_alone', 'segmentation', 'show_masks',
-           'neighbours', 'token_colours', 'show_tokens', 'heat', 'show_heat', 'feature_std', 'effective_rank',
-           'alignment', 'uniformity']
+           'pack_each', 'load_records', 'Score', 'hits', 'hardware', 'evaluate', 'architecture', 'accuracy', 'knn',
+           'linear', 'Table', 'table', 'patch_features', 'raw_patches', 'cell_labels', 'confusion', 'iou', 'segment',
+           'place_alone', 'segmentation', 'show_masks', 'neighbours', 'token_colours', 'show_tokens', 'heat',
+           'show_heat', 'feature_std', 'effective_rank', 'alignment', 'uniformity']
 
-# %% ../nbs/08_probes.ipynb #ee71bb14
+# %% ../nbs/08_probes.ipynb #4e1a7da1
+import base64
 import copy
 import hashlib
 import json
 import math
+import os
+import platform
+import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from .data import fit
+from .data import ImageData, copies, fit
 from .encoders import Features
 
 # %% ../nbs/08_probes.ipynb #ab2db96e
@@ -72,6 +77,7 @@ def extract(encoder: nn.Module, # ours, or any module from (B,3,size,size) float
             device = None, # where to compute; None: where the encoder is. Elsewhere, a copy of the encoder is used
             workers: int = 0, # processes that decode images
             size: int | None = None, # input size in pixels; None: `encoder.size`
+            resize: int | None = None, # short side before the centre is cut, e.g. 256 for 224; None: as `size`
             amp: bool = False, # bfloat16 autocast
            ) -> tuple[Tensor, Tensor | None]: # features float32 (N,D) and labels (N,) or None, both on the CPU
     "Features of all images in order, encoder in eval mode. ValueError on bad arguments and on features that are not finite."
@@ -81,7 +87,7 @@ def extract(encoder: nn.Module, # ours, or any module from (B,3,size,size) float
     if device != here: encoder = copy.deepcopy(encoder).to(device)
     feats, labels = [], []
     with frozen(encoder), torch.autocast(device.type, torch.bfloat16, enabled=amp):
-        for x, y in images.batches(size, batch_size, device=device, workers=workers):
+        for x, y in images.batches(size, batch_size, device=device, workers=workers, **({'resize': resize} if resize else {})):
             feats.append(_pick(encoder(x.float() / 255), layer).float().cpu()); labels.append(y)
     feats = torch.cat(feats)
     if bad := int((~feats.isfinite()).any(1).sum()): raise ValueError(f'encoder: features of {bad} of {len(feats)} images are not finite')
@@ -229,10 +235,34 @@ class Record:
     n_classes: int = 0 # classes to choose from
     seed: int = 0 # of the run, of the random encoder and of the probe
     baselines: dict = field(default_factory=dict) # {'raw pixels': v, 'random encoder': v}
+    tower: str = '' # 'online' or 'target', where the encoder knows
+    chosen: dict = field(default_factory=dict) # what the protocol chose by itself, e.g. a weight decay, and what else it found
+    each: str = '' # what every test image got, packed: see `per_image`
+    seconds: float = 0. # that the evaluation took, baselines included
+    hardware: str = '' # on which it ran
 
     def __post_init__(self):
         for name, v in dict(value=self.value, chance=self.chance, **self.baselines).items():
             if not 0 <= v <= 1: raise ValueError(f'{name}={v!r}: expected a fraction in [0, 1]')
+
+# %% ../nbs/08_probes.ipynb #fc8d248d
+def pack_each(each: Tensor | None, # (M,) bool, or fractions in [0,1]
+             ) -> str: # '' for None
+    "What every test image got, as text: one bit each, or half precision where it is a fraction."
+    if each is None: return ''
+    bits = each.dtype == torch.bool
+    data = np.packbits(each.cpu().numpy()) if bits else each.cpu().half().numpy()
+    return ('bits:' if bits else 'half:') + base64.b64encode(data.tobytes()).decode()
+
+def _per_image(self: Record) -> Tensor | None: # (n_test,) float, or None where it was not kept
+    "What every test image got: 1 or 0 for right or wrong, or a fraction."
+    kind, _, text = self.each.partition(':')
+    if not kind: return None
+    data = base64.b64decode(text)
+    if kind == 'half': return torch.from_numpy(np.frombuffer(data, np.float16).astype(np.float32))
+    return torch.from_numpy(np.unpackbits(np.frombuffer(data, np.uint8), count=self.n_test).astype(np.float32))
+
+Record.per_image = _per_image
 
 # %% ../nbs/08_probes.ipynb #0ded12e2
 def _to_dict(self: Record) -> dict:
@@ -255,13 +285,18 @@ def _save(self: Record, folder) -> Path: # a run folder, made if it does not exi
 
 Record.to_dict, Record.from_dict, Record.save = _to_dict, staticmethod(_from_dict), _save
 
-# %% ../nbs/08_probes.ipynb #2c8d1380
+# %% ../nbs/08_probes.ipynb #2c379f9a
+def _kind(r: Record) -> str:
+    "What a record measured: all that is equal when it is measured again."
+    return json.dumps([r.protocol, r.encoder, r.tower, r.architecture, r.data, r.layer, r.metric, r.settings, r.n_train, r.n_test, r.seed], sort_keys=True)
+
 def load_records(folder) -> list[Record]: # a run folder, or a `records.jsonl`
-    "All records saved in a folder. ValueError if there are none."
+    "The records saved in a folder; of those measured again, the last. ValueError if there are none."
     path = Path(folder)
     path = path if path.suffix == '.jsonl' else path / 'records.jsonl'
     if not path.is_file(): raise ValueError(f'folder={str(folder)!r}: no records.jsonl there')
-    return [Record.from_dict(json.loads(line)) for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
+    found = [Record.from_dict(json.loads(line)) for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
+    return list({_kind(r): r for r in found}.values())
 
 # %% ../nbs/08_probes.ipynb #2775460b
 def _settings(d):
@@ -272,8 +307,9 @@ def _lines(r):
     "The lines of a record, in Markdown."
     beside = {'chance': r.chance, **r.baselines, f'**{r.encoder}**': r.value}
     yield f'**{r.protocol}, {r.metric}** on {r.data}: ' + ' · '.join(f'{k} {v:.3f}' for k, v in beside.items())
-    what = ', '.join(filter(None, [r.architecture, f'{r.layer} features']))
-    yield f'{what} · {_settings(r.settings)} · {r.n_classes} classes, {r.n_train} train, {r.n_test} test images · seed {r.seed}'
+    what = ', '.join(filter(None, [r.architecture, f'{r.layer} features', f'{r.tower} tower'*(r.tower not in ('', r.encoder))]))
+    found = f' · found: {_settings(r.chosen)}' if r.chosen else ''
+    yield f'{what} · {_settings(r.settings)}{found} · {r.n_classes} classes, {r.n_train} train, {r.n_test} test images · seed {r.seed}'
     if r.note: yield r.note
 
 Record.__repr__ = lambda self: '\n  '.join(_lines(self)).replace('**', '')
@@ -283,6 +319,7 @@ Record._repr_markdown_ = lambda self: '  \n'.join(_lines(self))
 def _labelled_splits(data, layer, k=None):
     "The labelled images of both splits; ValueError unless they can be probed."
     if layer not in _LAYERS: raise ValueError(f'layer={layer!r}: expected one of {_LAYERS}')
+    if not isinstance(data, ImageData): raise ValueError(f"data: expected what images(...) returns, got {type(data).__name__}: images('photos'), say")
     if data.test is None: raise ValueError(f'data={data.name!r}: no test split; a probe needs images that were not in the bank')
     found = []
     for split in ('train', 'test'):
@@ -295,59 +332,140 @@ def _labelled_splits(data, layer, k=None):
         raise ValueError(f'k={k}: the bank (train split of {data.name!r}) has only {len(found[0])} labelled images')
     return found
 
+# %% ../nbs/08_probes.ipynb #d9f7b186
+def _targeted_splits(data, layer, targets):
+    "Both splits whole; ValueError unless `targets` is a pair of tables that fit them."
+    if layer not in _LAYERS: raise ValueError(f'layer={layer!r}: expected one of {_LAYERS}')
+    if data.test is None: raise ValueError(f'data={data.name!r}: no test split; a probe needs images that were not in the bank')
+    if not isinstance(targets, (tuple, list)) or len(targets) != 2: raise ValueError('targets: expected a pair of tensors, (train (N,C), test (M,C))')
+    for what, store, y in zip(('train', 'test'), (data.train, data.test), targets):
+        shape = tuple(getattr(y, 'shape', ()))
+        if len(shape) != 2 or shape[0] != len(store) or shape[1] != targets[0].shape[-1]:
+            raise ValueError(f'targets: {what} is {shape or type(y).__name__}; expected a row for each of its {len(store)} images, a column per class')
+        if odd := set(y.unique().tolist()) - {-1, 0, 1}: raise ValueError(f'targets: {what} has {sorted(odd)}; accepted: 1 (there), 0 (not), -1 (does not count)')
+    return [data.train, data.test]
+
+# %% ../nbs/08_probes.ipynb #88f3486b
+def _check_overlap(overlap):
+    if overlap not in ('refuse', 'drop', 'keep'): raise ValueError(f"overlap={overlap!r}: expected 'refuse', 'drop' or 'keep'")
+
+def _no_leak(train, test, encoder, overlap, name):
+    "(numbers of train images that may be used, or None for all; a note). ValueError where test images were learned from, unless that was asked for."
+    _check_overlap(overlap)
+    both, learned, notes, use = copies(train, test), getattr(encoder, 'trained_on', None), [], None
+    seen = both[:0] if learned is None else torch.isin(test.fingerprints(), learned).nonzero().flatten()
+    if len(both):
+        if overlap == 'refuse':
+            raise ValueError(f"data={name!r}: {len(both)} of {len(test)} test images are in the train split too (the first: {both[0]}). "
+                             "overlap='drop' leaves them out of train, overlap='keep' measures all the same and notes it")
+        if overlap == 'drop': use = (~torch.isin(train.fingerprints(), test.fingerprints())).nonzero().flatten()
+        notes.append(f"{len(both)} test images are in train too: {'left out there' if overlap == 'drop' else 'kept'}")
+    if len(seen):
+        if overlap != 'keep':
+            raise ValueError(f"data={name!r}: the encoder was pretrained on {len(seen)} of {len(test)} test images (the first: {seen[0]}). "
+                             "overlap='keep' measures all the same and notes it")
+        notes.append(f'pretrained on {len(seen)} of the test images')
+    return use, '; '.join(notes)
+
+# %% ../nbs/08_probes.ipynb #c722a831
 def _fingerprint(*things):
-    "A short hash of modules (structure and weights), tensors and plain values."
+    "A short hash of modules (structure, settings, weights), tensors and plain values."
     h = hashlib.sha1()
     for t in things:
-        if isinstance(t, nn.Module): h.update(repr(t).encode()); t = list(t.state_dict().values())
+        if isinstance(t, nn.Module):
+            plain = lambda m: sorted((k, v) for k, v in vars(m).items() if k not in ('training', 'tower') and isinstance(v, (bool, int, float, str, tuple)))
+            h.update(repr([(type(m).__qualname__, n, plain(m)) for n, m in t.named_modules()]).encode()); h.update(repr(t).encode())
+            t = list(t.state_dict().values())
         for v in t if isinstance(t, list) else [t]:
             whole = isinstance(v, Tensor) and v.ndim
             h.update(v.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if whole else repr(v).encode())
     return h.hexdigest()
 
-# %% ../nbs/08_probes.ipynb #7f99a8dd
-def _remembered(data, part, encoder, images, limit=2**29, **how):
-    "`extract`, with the features of the last three encoders kept beside the data for the next protocol (up to half a gigabyte each)."
+# %% ../nbs/08_probes.ipynb #2959a444
+def _remembered(data, encoder, images, cache=None, limit=2**29, **how):
+    "`extract`, with the features of the last three encoders kept beside the data (up to half a gigabyte each), and in the folder `cache` if it is given."
     kept = vars(data).setdefault('_features', {})
-    store = getattr(data, part)
-    pixels = getattr(store, 'images', None) # changed in place or not, by PyTorch's own count
-    what = _fingerprint(encoder, images.labels, *(f'{k}={v}' for k, v in sorted(how.items())))
-    key = what, part, id(store), id(pixels), getattr(pixels, '_version', 0)
-    found = kept.pop(key, None) or extract(encoder, images, **how)
-    if found[0].numel()*4 <= limit: kept[key] = found # the newest last
+    matters = {k: v for k, v in sorted(how.items()) if k not in ('batch_size', 'device', 'workers')}
+    key = _fingerprint(encoder, images.fingerprints(), repr(matters))
+    file = cache and Path(cache)/f'features_{key}.npy'
+    x = kept.pop(key, None)
+    if x is None and file and file.is_file(): x = torch.from_numpy(np.load(file, allow_pickle=False))
+    if x is None:
+        x = extract(encoder, images, **how)[0]
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True); aside = file.with_suffix(f'.{os.getpid()}.tmp')
+            with open(aside, 'wb') as f: np.save(f, x.numpy())
+            aside.replace(file)
+    if x.numel()*4 <= limit: kept[key] = x # the newest last
     for old in list(kept)[:-6]: del kept[old]
-    return found
+    return x
 
-# %% ../nbs/08_probes.ipynb #52cbb713
-def evaluate(score, # function (train_x, train_y, test_x, test_y, n_classes) -> fraction in [0, 1]; features (N,D), labels (N,)
+# %% ../nbs/08_probes.ipynb #7369b138
+@dataclass
+class Score:
+    "What one protocol found for one encoder."
+    value: float # a fraction in [0,1]
+    each: Tensor | None = None # (M,) bool or fractions: what every test image got
+    chosen: dict = field(default_factory=dict) # what was chosen on the way, and what else was found
+
+def hits(pred: Tensor, # (M,) predicted labels
+         y: Tensor, # (M,) true labels
+        ) -> Score: # with what every image got
+    "Top-1 accuracy."
+    right = pred.cpu() == y.cpu()
+    return Score(right.float().mean().item(), right)
+
+def hardware(device) -> str: # in words
+    "Name of the GPU, or of the processor with its cores and PyTorch's threads."
+    if str(device).startswith('cuda'): return torch.cuda.get_device_name(device)
+    info = Path('/proc/cpuinfo')
+    names = [l.split(':')[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')] if info.exists() else []
+    return f'{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads'
+
+# %% ../nbs/08_probes.ipynb #73556a4c
+def evaluate(score, # function (train_x, train_y, test_x, test_y, n_classes) -> `Score`, or a fraction; features (N,D), labels (N,)
              encoder: nn.Module, # frozen while measured, left as it was
-             data, # `ImageData` with labels and a test split
+             data: ImageData, # with labels and a test split
              protocol: str, # name for the record
              settings: dict, # what repeats `score`, for the record
              layer: str = 'image', # 'image' or 'patch_mean'
-             name: str = 'encoder', # which encoder this is: 'online', 'target', ...
+             name: str | None = None, # which encoder this is; None: its tower ('online', 'target'), or 'encoder'
              seed: int = 0, # of the random encoder, and for the record
              baselines: bool = True, # also raw pixels and `encoder.fresh(seed)`
              metric: str = 'top-1', # what `score` returns
-             **extract_args, # batch_size, device, workers, size, amp: as in `extract`
+             targets: tuple | None = None, # (train (N,C), test (M,C)) of 1, 0, -1 in place of labels
+             chance = None, # function (train_y, test_y, n_classes) -> fraction; None: the most common test class, or the share of 1 in targets
+             overlap: str = 'refuse', # where test images are in train: 'refuse', 'drop' or 'keep'
+             out = None, # run folder to which the record is added
+             **extract_args, # batch_size, device, workers, size, resize, amp: as in `extract`; cache: a folder
             ) -> Record: # with its baselines
     "Score one protocol on an encoder and on its baselines. ValueError before any work if the data cannot be probed."
-    train, test = _labelled_splits(data, layer)
-    size = _place(encoder, extract_args.pop('size', None), None)[0]
-    classes = int(max(train.labels.max(), test.labels.max())) + 1
+    began, (train, test) = time.time(), _targeted_splits(data, layer, targets) if targets is not None else _labelled_splits(data, layer)
+    size, _, device = _place(encoder, extract_args.pop('size', None), extract_args.get('device'))
+    use, leak = _no_leak(train, test, encoder, overlap, data.name)
+    y, v = (train.labels.cpu(), test.labels.cpu()) if targets is None else targets
+    if use is not None: train, y = train.subset(use), y[use]
+    classes = int(max(y.max(), v.max())) + 1 if targets is None else y.shape[1]
     def measure(enc, layer):
-        how = dict(extract_args, layer=layer, size=size)
-        (x, y), (u, v) = _remembered(data, 'train', enc, train, **how), _remembered(data, 'test', enc, test, **how)
-        return float(score(x, y, u, v, classes)), len(y), len(v), v.bincount().max().item() / len(v)
-    value, n_train, n_test, chance = measure(encoder, layer)
-    beside, memory = {}, vars(data).setdefault('_baseline_values', {})
+        x, u = (_remembered(data, enc, s, **dict(extract_args, layer=layer, size=size)) for s in (train, test))
+        s = score(x, y, u, v, classes)
+        return s if isinstance(s, Score) else Score(float(s))
+    found, beside, memory = measure(encoder, layer), {}, vars(data).setdefault('_baseline_values', {})
     for what, enc in _baseline_encoders(encoder, data, size, seed) if baselines else ():
-        key = _fingerprint(enc, protocol, settings, layer, size, seed, train.labels, test.labels), id(data.train), id(data.test)
-        if key not in memory: memory[key] = measure(enc, 'image' if what == 'raw pixels' else layer)[0]
+        key = _fingerprint(enc, protocol, metric, repr(settings), layer, size, extract_args.get('resize'), extract_args.get('amp'), seed, y, v, train.fingerprints(), test.fingerprints())
+        if key not in memory: memory[key] = measure(enc, 'image' if what == 'raw pixels' else layer).value
         beside[what] = memory[key]
-    settings = dict(settings, size=size, **({'amp': True} if extract_args.get('amp') else {}))
-    return Record(protocol, value, name, data.name, chance, metric, architecture(encoder), layer, settings, data.note or '',
-                  n_train, n_test, classes, seed, beside)
+    settings = dict(settings, size=size, **{k: extract_args[k] for k in ('resize', 'amp') if extract_args.get(k)})
+    record = Record(protocol, found.value, name or getattr(encoder, 'tower', '') or 'encoder', data.name, (chance or _usual_chance)(y, v, classes), metric,
+                    architecture(encoder), layer, settings, '; '.join(filter(None, [data.note, leak])), len(y), len(v), classes, seed, beside,
+                    getattr(encoder, 'tower', ''), found.chosen, pack_each(found.each), round(time.time() - began, 2), hardware(device))
+    if out: record.save(out)
+    return record
+
+def _usual_chance(y, v, classes):
+    "Share of the most common test class; of targets, the mean share of ones, which is what a random order gets as average precision."
+    if v.ndim == 2: return ((v == 1).sum(0) / (v >= 0).sum(0).clamp_min(1)).double().mean().item()
+    return v.bincount().max().item() / len(v)
 
 # %% ../nbs/08_probes.ipynb #2f662c77
 def architecture(encoder: nn.Module) -> str:
@@ -375,17 +493,17 @@ def knn(encoder: nn.Module, # to be measured; frozen meanwhile, left as it was
         k: int = 20, # neighbours that vote
         T: float = 0.07, # temperature of the votes
         layer: str = 'image', # 'image' or 'patch_mean'
-        name: str = 'encoder', # which encoder this is: 'online', 'target', ...
+        name: str | None = None, # which encoder this is; None: its tower, or 'encoder'
         seed: int = 0, # of the random encoder, and for the record
         baselines: bool = True, # also raw pixels and random weights
-        **extract_args, # batch_size, device, workers, size, amp: as in `extract`
+        **more, # overlap, out, and batch_size, device, workers, size, resize, amp, cache: as in `evaluate`
        ) -> Record:
     "Weighted kNN accuracy of a frozen encoder (InstDisc; DINO). ValueError before any work if arguments or data do not fit."
     _positive(k=k, T=T)
     _labelled_splits(data, layer, k)
-    device = extract_args.get('device') or _place(encoder, 1, None)[1]
-    def score(x, y, u, v, classes): return accuracy(knn_predict(u, x, y, k, T, classes, device=device), v)
-    return evaluate(score, encoder, data, 'kNN', dict(k=k, T=T), layer, name, seed, baselines, **extract_args)
+    device = more.get('device') or _place(encoder, 1, None)[1]
+    def score(x, y, u, v, classes): return hits(knn_predict(u, x, y, k, T, classes, device=device), v)
+    return evaluate(score, encoder, data, 'kNN', dict(k=k, T=T), layer, name, seed, baselines, **more)
 
 # %% ../nbs/08_probes.ipynb #f1b5e4b1
 def linear(encoder: nn.Module, # to be measured; frozen meanwhile, left as it was
@@ -395,20 +513,20 @@ def linear(encoder: nn.Module, # to be measured; frozen meanwhile, left as it wa
            batch_size: int = 128, # features per step
            weight_decay: float = 0., # L2 on the weights
            layer: str = 'image', # 'image' or 'patch_mean'
-           name: str = 'encoder', # which encoder this is: 'online', 'target', ...
+           name: str | None = None, # which encoder this is; None: its tower, or 'encoder'
            seed: int = 0, # of the probe, of the random encoder, and for the record
            baselines: bool = True, # also raw pixels and random weights
-           **extract_args, # device, workers, size, amp: as in `extract`
+           **more, # overlap, out, and device, workers, size, resize, amp, cache: as in `evaluate`
           ) -> Record:
     "Linear-probe accuracy at the last epoch, on cached and standardised features. ValueError before any work if something does not fit."
     _check_fit(epochs, lr, batch_size, weight_decay)
-    device = extract_args.get('device') or _place(encoder, 1, None)[1]
+    device = more.get('device') or _place(encoder, 1, None)[1]
     def score(x, y, u, v, classes):
         x, u = standardise(x.to(device), u.to(device))
         head = fit_linear(x, y.to(device), classes, epochs, lr, batch_size, weight_decay, seed)
-        return accuracy(head(u).argmax(1), v)
+        return hits(head(u).argmax(1), v)
     settings = dict(epochs=epochs, lr=lr, batch_size=batch_size, weight_decay=weight_decay)
-    return evaluate(score, encoder, data, 'linear', settings, layer, name, seed, baselines, **extract_args)
+    return evaluate(score, encoder, data, 'linear', settings, layer, name, seed, baselines, **more)
 
 # %% ../nbs/08_probes.ipynb #88b126f6
 class Table(str):
@@ -458,7 +576,8 @@ def table(records: list[Record], # any number, of any encoders, protocols, data 
     for what in sorted(beside, key=lambda b: (b == 'random encoder', b != 'raw pixels')):
         for r in records:
             if what in r.baselines: put(label(what, r) if what == 'random encoder' else what, r, r.baselines[what])
-    for r in records: put(label(r.encoder, r), r, r.value)
+    both = {r.encoder for r in records if len({o.tower for o in records if o.encoder == r.encoder}) > 1} # names that stand for both towers
+    for r in records: put(label(f'{r.encoder}, {r.tower or "unnamed"} tower' if r.encoder in both else r.encoder, r), r, r.value)
     for r in records: put('chance', r, r.chance)
     metrics = {r.metric for r in records}
     corner = metrics.pop() if len(metrics) == 1 else 'encoder'

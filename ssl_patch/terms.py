@@ -10,7 +10,6 @@ __all__ = ['Seen', 'Term', 'match_term', 'repco_term', 'check_far', 'global_term
 import math
 from dataclasses import dataclass, fields, is_dataclass
 import torch
-from torch import nn
 from .encoders import Features, check_pool, mlp
 from .losses import dense_nce, local_to_global, repco, token_to_image
 from .patches import dense_match, neighbour_masks, pairs_across, repco_pairs, true_match

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['lr_factor', 'LARS', 'make_optimizer', 'above', 'Clip', 'Meter', 'noted_signals', 'write_aside', 'as_json',
            'open_run_folder', 'signs', 'collapse', 'plot_curves', 'progress_mode', 'Progress', 'subset_knn',
-           'native_bf16', 'settle_recipe', 'usable', 'prepare', 'hardware', 'versions', 'Pretrainer']
+           'native_bf16', 'affordable', 'without_test_images', 'settle_recipe', 'usable', 'prepare', 'versions',
+           'Pretrainer']
 
 # %% ../nbs/09_training.ipynb #2065a1db
 import csv, io, json, math, os, platform, signal, subprocess, sys, threading, time
@@ -13,13 +14,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
+import numpy as np
 import torch
 from torch import nn
 from . import __version__
+from .data import TensorImages, copies
 from .encoders import Encoder, ResNet, save_encoder
 from .losses import token_similarity
 from .methods import Method, Training
-from .probes import effective_rank, extract, feature_std, knn_predict
+from .probes import _check_overlap, effective_rank, extract, feature_std, hardware, knn_predict
 from .towers import SplitBatchNorm
 from .views import ViewLoader, seed_for
 
@@ -286,6 +289,21 @@ def native_bf16(device:str) -> bool: # whether bfloat16 is worth it there
     ask = [getattr(torch.cpu, f'_is_{x}_supported', None) for x in ('avx512_bf16', 'amx_tile')]
     return str(device) == 'cpu' and any(f() for f in ask if f)
 
+# %% ../nbs/09_training.ipynb #4d34788d
+def affordable(store, most:int=200_000) -> bool: # image files that are worth reading the beginning of
+    "Whether fingerprints of a store are quickly made."
+    return isinstance(store, TensorImages) or len(store) <= most
+
+def without_test_images(data, overlap:str='refuse'): # 'refuse', 'drop' or 'keep' -> the data to train on
+    "`ValueError` where test images are in train, unless they should be dropped there, or kept."
+    _check_overlap(overlap)
+    if overlap == 'keep' or data.test is None or not (affordable(data.train) and affordable(data.test)): return data
+    both = copies(data.train, data.test)
+    if len(both) and overlap == 'refuse':
+        raise ValueError(f"data={data.name!r}: {len(both)} of {len(data.test)} test images are in the train split too (the first: {both[0]}). "
+                         "overlap='drop' leaves them out of train, overlap='keep' trains on them all the same")
+    return data.without_copies()
+
 # %% ../nbs/09_training.ipynb #6d987e07
 def settle_recipe(method, n, epochs, batch_size, changes) -> Training:
     "The method's `Training` with the caller's changes; `ValueError` names what is wrong."
@@ -309,10 +327,11 @@ def usable(device:str) -> str: # the device
     return device
 
 def prepare(method, data, device, bf16):
-    "Put a method on its device: channel statistics of the data in every encoder, memory layout, attention kernel."
+    "Put a method on its device: what the data are in every encoder, memory layout, attention kernel."
     method.to(device).train()
+    learned = data.train.fingerprints() if affordable(data.train) else None
     for m in method.modules():
-        if isinstance(m, Encoder): m.set_stats(data.mean, data.std)
+        if isinstance(m, Encoder): m.set_stats(data.mean, data.std).trained_on = learned
         if isinstance(m, ResNet) and not any(isinstance(b, SplitBatchNorm) for b in m.modules()): # split batch-norm would copy
             m.to(memory_format=torch.channels_last)
         if hasattr(m, 'explicit_attention'): m.explicit_attention(bf16 and device == 'cpu')
@@ -356,6 +375,8 @@ class _Loop(_Batch):
 
     @property
     def encoder(self): return self.method.encoder # the online encoder
+    @property
+    def target_encoder(self): return self.method.target_encoder # the EMA tower's, or None
     @property
     def total(self): return self.epochs*len(self.loader) # batches of the whole run
 
@@ -406,7 +427,10 @@ class _Stop:
 class _Bookkeeping(_Stop):
     "The part of `Pretrainer` that begins a run and closes each epoch: files and numbers."
     def begin(self, last):
-        if self.out and not (self.batches and (self.out/'config.json').exists()): write_aside(self.out/'config.json', as_json(self.config()))
+        if self.out and not (self.batches and (self.out/'config.json').exists()):
+            write_aside(self.out/'config.json', as_json(self.config()))
+            if self.encoder.trained_on is not None:
+                numbers = io.BytesIO(); np.save(numbers, self.encoder.trained_on.numpy()); write_aside(self.out/'trained_on.npy', numbers.getvalue())
         self.progress.start(self.batches, last*len(self.loader)); self.clock = time.time()
 
     def end_epoch(self, epoch):
@@ -476,14 +500,7 @@ class _State(_Config):
         except Exception as e: raise ValueError(f'{self.out}/checkpoint.pt is not a readable checkpoint: {e}') from e
         self.load_state_dict(state)
 
-# %% ../nbs/09_training.ipynb #506a3ee6
-def hardware(device) -> str: # in words
-    "Name of the GPU, or of the processor with its cores and PyTorch's threads."
-    if str(device).startswith('cuda'): return torch.cuda.get_device_name(device)
-    info = Path('/proc/cpuinfo')
-    names = [l.split(':')[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')] if info.exists() else []
-    return f'{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads'
-
+# %% ../nbs/09_training.ipynb #fd4f614a
 def versions():
     "Versions of what a run depends on, and the commit where the package runs from a checkout."
     import timm, torchvision
@@ -509,9 +526,11 @@ class Pretrainer(_Loop, _Bookkeeping, _State):
                  knn_every:int|None=None, # epochs between kNN measurements; 0: never; None: ten times a run
                  save_every:int=1, # epochs between checkpoints
                  progress:str|None=None, # 'notebook', 'terminal', 'lines', 'quiet'; None: found out
+                 overlap:str='refuse', # where test images are in train: 'refuse', 'drop' them from train, or 'keep'
                  note:dict|None=None, # anything more for config.json
                  **recipe): # any field of `Training`, e.g. weight_decay=.1
         if not hasattr(data, 'train'): raise ValueError(f"data must be what images(...) returns, got {type(data).__name__}: images('photos'), say")
+        data = without_test_images(data, overlap)
         self.device = usable(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         self.recipe = settle_recipe(method, len(data.train), epochs, batch_size, recipe)
         self.epochs,self.seed,self.save_every = self.recipe.epochs,seed,save_every

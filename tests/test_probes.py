@@ -1,6 +1,7 @@
 "Probes against plain references and scikit-learn, and what they must leave untouched."
 import json
 import math
+from dataclasses import replace
 import matplotlib
 import numpy as np
 import pytest
@@ -36,9 +37,11 @@ class Net(nn.Module):
             torch.manual_seed(seed)
             self.net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(.5),
                                      nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.size, self.dim, self.calls = size, 6, 0
+        self.size, self.dim, self.log = size, 6, []
+    @property
+    def calls(self): return len(self.log)
     def fresh(self, seed): return Net(seed, self.size)
-    def forward(self, x): self.calls += 1; return self.net(x)
+    def forward(self, x): self.log.append(len(x)); return self.net(x)
 
 # ---------------------------------------------------------------- kNN
 def brute(queries, bank, labels, k, T, classes):
@@ -243,8 +246,9 @@ def test_knn_record_holds_the_same_protocol_on_its_baselines():
     assert (r.n_train, r.n_test, r.n_classes, r.settings['k'], r.settings['T']) == (60, 30, 3, 7, .2) and r.chance == pytest.approx(1/3)
 
 def test_measured_twice_gives_the_same_record():
-    assert knn(Net(), make_data(), k=5) == knn(Net(), make_data(), k=5)
-    assert linear(Net(), make_data(), epochs=3) == linear(Net(), make_data(), epochs=3)
+    same = lambda a, b: replace(a, seconds=0.) == replace(b, seconds=0.)
+    assert same(knn(Net(), make_data(), k=5), knn(Net(), make_data(), k=5))
+    assert same(linear(Net(), make_data(), epochs=3), linear(Net(), make_data(), epochs=3))
 
 def test_linear_record_is_the_last_epoch_of_the_plain_fit():
     data, net = make_data(noise=120), Net(4)
@@ -258,7 +262,7 @@ def test_baselines_are_remembered_until_something_changes():
         def fresh(self, seed): made.append(Net(seed, self.size)); return made[-1]
     net = Counting()
     a, b = knn(net, data, k=5), knn(net, data, k=5)
-    assert [m.calls for m in made] == [2, 0] and a == b
+    assert [m.calls for m in made] == [2, 0] and a.baselines == b.baselines
     knn(net, data, k=6); knn(net, data, k=5, seed=1)
     assert [m.calls for m in made] == [2, 0, 0, 2] # another k: another value of the same features
     data.train.labels = data.train.labels.flip(0)
@@ -267,15 +271,15 @@ def test_baselines_are_remembered_until_something_changes():
     assert knn(net, data, k=5, baselines=False).baselines == {} and len(made) == 5
 
 def test_features_are_extracted_once_for_all_protocols():
-    "kNN and linear share features; weights, labels, pixels, layer or input size that change make new ones; few are kept."
+    "kNN and linear share features; weights, pixels, layer or input size that change make new ones; few are kept."
     data, net = make_data(noise=90), Net()
-    calls = lambda f: (setattr(net, 'calls', 0), f(), net.calls)[2]
+    calls = lambda f: (net.log.clear(), f(), net.calls)[2]
     once = lambda **kw: knn(net, data, k=5, baselines=False, **kw)
     assert calls(once) == 2 and calls(lambda: linear(net, data, epochs=2, baselines=False)) == 0 and calls(once) == 0
     with torch.no_grad(): net.net[0].weight.mul_(2)
     assert calls(once) == 2
     data.train.labels = data.train.labels.flip(0)
-    assert calls(once) == 1 # the test split is as it was
+    assert calls(once) == 0 # the images are as they were
     data.test.images[0] = 0
     assert calls(once) == 1 and calls(lambda: once(size=10)) == 2
     for seed in range(5): knn(Net(seed), data, k=5, baselines=False)
@@ -570,3 +574,79 @@ def test_heat_and_figures():
     (lambda x, h: show_tokens({'a': small_vit()}, x[0]), 'uint8'), (lambda x, h: show_masks(x, h[:, 0], 3), 'masks')])
 def test_bad_figures(call, word):
     with pytest.raises(ValueError, match=word): call(planted(2)[0], rand(2, 2, 3))
+
+# ---------------------------------------------------------------- leaks, records, caches
+def leaky(n=3, noise=90):
+    "Data whose last test images are training images."
+    data = make_data(noise=noise)
+    return ImageData(data.train, TensorImages(torch.cat([data.test.images, data.train.images[:n]]), torch.cat([data.test.labels, data.train.labels[:n]])), 'planted')
+
+@pytest.mark.parametrize('protocol', [knn, linear])
+def test_a_planted_leak_is_refused_before_any_work(protocol):
+    data, net = leaky(), Net()
+    few = dict(k=5) if protocol is knn else dict(epochs=2)
+    with pytest.raises(ValueError, match="3 of 33 test images are in the train split too"): protocol(net, data, **few)
+    assert net.calls == 0
+    with pytest.raises(ValueError, match="overlap='forgive'"): protocol(net, data, overlap='forgive', **few)
+    kept, dropped = (protocol(net, data, overlap=o, baselines=False, **few) for o in ('keep', 'drop'))
+    assert (kept.n_train, dropped.n_train, kept.n_test, dropped.n_test) == (60, 57, 33, 33)
+    assert 'kept' in kept.note and 'left out' in dropped.note
+
+def test_a_leaked_neighbour_is_found_by_knn_where_it_is_kept():
+    data, net = leaky(30, noise=200), Net()
+    each = knn(net, data, k=1, overlap='keep', baselines=False).per_image()
+    assert each[-30:].mean() == 1 and each[:-30].mean() < 1
+
+def test_what_was_pretrained_on_is_not_measured():
+    data, net = make_data(), Net()
+    net.trained_on = torch.cat([data.train.fingerprints(), data.test.fingerprints()[4:6]])
+    for overlap in ('refuse', 'drop'):
+        with pytest.raises(ValueError, match='pretrained on 2 of 30 test images .the first: 4'): knn(net, data, k=5, overlap=overlap)
+    assert knn(net, data, k=5, overlap='keep', baselines=False).note.endswith('pretrained on 2 of the test images')
+
+def test_the_record_keeps_what_every_image_got(tmp_path):
+    data, net = make_data(noise=90), Net()
+    r = knn(net, data, k=5, out=tmp_path)
+    (x, y), (u, v) = extract(net, data.train), extract(net, data.test)
+    assert torch.equal(r.per_image().bool(), knn_predict(u, x, y, 5, .07) == v) and abs(r.per_image().mean() - r.value) < 1e-6
+    assert load_records(tmp_path) == [r] and r.seconds > 0 and r.hardware
+    knn(net, data, k=5, out=tmp_path); knn(net, data, k=6, out=tmp_path)
+    assert [x.settings['k'] for x in load_records(tmp_path)] == [5, 6]
+
+def test_features_on_disk(tmp_path):
+    data, net = make_data(noise=90), Net()
+    once = lambda d, **kw: knn(net, d, k=5, baselines=False, cache=tmp_path, **kw)
+    a = once(data); made = {f.name for f in tmp_path.iterdir()}
+    assert net.calls == 2 and len(made) == 2
+    b = once(make_data(noise=90)) # another session: other objects, the same content
+    assert net.calls == 2 and replace(b, seconds=a.seconds) == a
+    with torch.no_grad(): net.net[0].weight.mul_(2)
+    once(data); once(data, layer='image', size=10)
+    assert net.calls == 6 and len(list(tmp_path.iterdir())) == 6
+    for f in tmp_path.iterdir(): f.write_bytes(b'')
+    data._features.clear()
+    with pytest.raises((ValueError, EOFError)): once(data)
+
+def test_the_tower_is_named():
+    net = vit(size=16, patch=4, width=32, depth=1, heads=2)
+    data = make_data(size=16)
+    assert knn(net, data, k=5, baselines=False).encoder == 'encoder'
+    net.tower = 'target'
+    r = knn(net, data, k=5, baselines=False)
+    assert (r.encoder, r.tower) == ('target', 'target')
+    text = str(table([replace(r, encoder='mine'), replace(r, encoder='mine', tower='online', value=.5)]))
+    assert 'mine, target tower' in text and 'mine, online tower' in text
+
+def test_targets_in_place_of_labels():
+    data, g = make_data(labels=False), torch.Generator().manual_seed(0)
+    tables = [torch.randint(-1, 2, (len(s), 4), generator=g) for s in (data.train, data.test)]
+    def score(x, y, u, v, classes): assert torch.equal(y, tables[0]) and torch.equal(v, tables[1]) and classes == 4; return .5
+    r = evaluate(score, Net(), data, 'mine', {}, targets=tables, metric='mAP', baselines=False)
+    assert r.n_classes == 4 and abs(r.chance - ((tables[1] == 1).sum(0) / (tables[1] >= 0).sum(0)).mean()) < 1e-6
+    for bad, words in ((tables[0], 'pair of tensors'), (tables[::-1], 'a row for each of its 60 images'), ([t*2 for t in tables], 'accepted: 1')):
+        with pytest.raises(ValueError, match=words): evaluate(score, Net(), data, 'mine', {}, targets=bad)
+
+def test_more_classes_in_test_than_in_train_count_as_errors():
+    train, test = make_images(60, classes=2, seed=1), make_images(30, classes=3, seed=2)
+    for r in (knn(Net(), ImageData(train, test, 'more'), k=5, baselines=False), linear(Net(), ImageData(train, test, 'more'), epochs=5, baselines=False)):
+        assert r.n_classes == 3 and r.per_image()[2::3].sum() == 0

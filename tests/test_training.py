@@ -57,7 +57,7 @@ def test_a_run_that_never_began_can_be_begun_again(pretrainer, tmp_path):
     "A crash before the first checkpoint leaves a config.json alone: the folder is free."
     run = pretrainer(out=tmp_path/'r'); run.method.objective = lambda q, k, queue: 1/0
     with pytest.raises(ZeroDivisionError): run.fit()
-    assert [f.name for f in (tmp_path/'r').iterdir()] == ['config.json']
+    assert sorted(f.name for f in (tmp_path/'r').iterdir()) == ['config.json', 'trained_on.npy']
     pretrainer(out=tmp_path/'r', lr=.0123).fit(1)
     assert json.loads((tmp_path/'r'/'config.json').read_text())['lr'] == .0123
 
@@ -174,7 +174,7 @@ def test_loss_that_is_not_finite(pretrainer, tmp_path):
 
 def test_run_folder(pretrainer, tmp_path):
     run = pretrainer(out=tmp_path/'r', knn_every=2).fit()
-    assert {f.name for f in (tmp_path/'r').iterdir()} == {'config.json', 'metrics.csv', 'checkpoint.pt', 'encoder.safetensors', 'curves.png'}
+    assert {f.name for f in (tmp_path/'r').iterdir()} == {'config.json', 'metrics.csv', 'checkpoint.pt', 'encoder.safetensors', 'curves.png', 'trained_on.npy'}
     rows = list(csv.DictReader(open(tmp_path/'r'/'metrics.csv')))
     assert [int(r['epoch']) for r in rows] == [1, 2, 3, 4] and [bool(r['knn']) for r in rows] == [False, True, False, True]
     config = json.loads((tmp_path/'r'/'config.json').read_text())

@@ -15,11 +15,16 @@ from .views import *
 from .patches import *
 from .losses import *
 from .encoders import *
+from .peers import *
 from .towers import *
 from .terms import *
 from .methods import *
 from .probes import *
+from .protocols import *
+from .figures import *
 from .training import *
+from .finetune import *
+from .results import compare, ledger, load_runs
 
 # %% ../nbs/17_all.ipynb #022d230c
 __all__ = [n for n in globals() if not n.startswith('_')]

@@ -236,6 +236,7 @@ encoder_kinds = dict(vit=vit, resnet=resnet) # kind -> what builds it; a later r
 
 def build_encoder(spec:dict) -> Encoder: # the `spec` of an encoder: kind and arguments
     "A new encoder, randomly initialised, from its `spec`. `ValueError` for an unknown kind."
+    if spec.get('kind') in ('timm', 'torchvision'): import ssl_patch.peers # noqa: F401 - adds these kinds
     if spec.get('kind') not in encoder_kinds: raise ValueError(f'encoder kind must be one of {list(encoder_kinds)}, got {spec.get("kind")!r}')
     return encoder_kinds[spec['kind']](**{k: v for k, v in spec.items() if k != 'kind'})
 

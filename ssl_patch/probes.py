@@ -307,7 +307,7 @@ def _lines(r):
     "The lines of a record, in Markdown."
     beside = {'chance': r.chance, **r.baselines, f'**{r.encoder}**': r.value}
     yield f'**{r.protocol}, {r.metric}** on {r.data}: ' + ' · '.join(f'{k} {v:.3f}' for k, v in beside.items())
-    what = ', '.join(filter(None, [r.architecture, f'{r.layer} features', f'{r.tower} tower'*(r.tower not in ('', r.encoder))]))
+    what = ', '.join(filter(None, [r.architecture, f'{r.layer} features', f'{r.tower} tower'*(r.tower not in r.encoder)]))
     found = f' · found: {_settings(r.chosen)}' if r.chosen else ''
     yield f'{what} · {_settings(r.settings)}{found} · {r.n_classes} classes, {r.n_train} train, {r.n_test} test images · seed {r.seed}'
     if r.note: yield r.note
@@ -440,6 +440,8 @@ def evaluate(score, # function (train_x, train_y, test_x, test_y, n_classes) -> 
              **extract_args, # batch_size, device, workers, size, resize, amp: as in `extract`; cache: a folder
             ) -> Record: # with its baselines
     "Score one protocol on an encoder and on its baselines. ValueError before any work if the data cannot be probed."
+    if odd := set(extract_args) - {'batch_size', 'device', 'workers', 'size', 'resize', 'amp', 'cache'}:
+        raise ValueError(f'{protocol} has no argument {sorted(odd)[0]!r}')
     began, (train, test) = time.time(), _targeted_splits(data, layer, targets) if targets is not None else _labelled_splits(data, layer)
     size, _, device = _place(encoder, extract_args.pop('size', None), extract_args.get('device'))
     use, leak = _no_leak(train, test, encoder, overlap, data.name)
@@ -557,7 +559,7 @@ def _columns(records):
         same = [o for o in found.values() if o.protocol == r.protocol]
         apart = [f'{n}={v}' for n, v in r.settings.items() if any(o.settings.get(n) != v for o in same)]
         apart += [f'{r.layer} features'] * (len({o.layer for o in same}) > 1) + [r.metric] * (len({o.metric for o in found.values()}) > 1)
-        data = [r.data] * (len({o.data for o in found.values()}) > 1)
+        data = [r.data] * (len({o.data for o in same}) > 1)
         heads[k] = ' '.join([*data, r.protocol, *apart])
     return key, heads
 
@@ -590,11 +592,12 @@ def _footnotes(records, key, heads):
     for r in {r.data: r for r in records}.values():
         yield f'- {r.data}: {r.n_classes} classes, {r.n_train} train and {r.n_test} test images' + f'; {r.note}' * bool(r.note)
     for r in {key(r): r for r in records}.values():
-        yield f'- {heads[key(r)]}: {r.metric} on {r.layer} features of the frozen encoder; {_settings(r.settings)}'
+        trained = r.protocol.startswith(('fine-tuning', 'semi-supervised'))
+        yield f'- {heads[key(r)]}: {r.metric}' + (', all weights trained; ' if trained else f' on {r.layer} features of the frozen encoder; ') + _settings(r.settings)
     for a in sorted({r.architecture for r in records} - {''}): yield f'- encoder: {a}'
     seeds = sorted({r.seed for r in records})
     yield f'- mean ± standard deviation over seeds {", ".join(map(str, seeds))}' if len(seeds) > 1 else f'- seed {seeds[0]}'
-    yield '- chance: always answering the most common test class'
+    yield '- chance: always answering the most common test class' + ('; of mAP and R@k, a random order' if {r.metric for r in records} - {'top-1', 'mIoU', 'pixel accuracy'} else '')
 
 # %% ../nbs/08_probes.ipynb #3df1677e
 @contextmanager

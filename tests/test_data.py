@@ -2,6 +2,7 @@
 import io
 import os
 import pickle
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional as F
 
 import ssl_patch.data as D
-from ssl_patch.data import (ByteFiles, BytePack, FileImages, ImageData, TensorImages, decode, fit, images, pack, photo,
+from ssl_patch.data import (ByteFiles, BytePack, FileImages, ImageData, TensorImages, copies, decode, fit, images, pack, photo,
                             photo_crops, photo_names, photo_regions, pixel_stats, show_images)
 
 
@@ -454,3 +456,42 @@ def test_import_is_light():
     code = 'import sys, ssl_patch.data; print([m for m in ("matplotlib", "PIL.ImageOps", "skimage", "timm", "torchvision.datasets") if m in sys.modules and m != "torchvision.datasets"])'
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
     assert 'matplotlib' not in out and 'skimage' not in out and 'timm' not in out
+
+# ---------------------------------------------------------------- names, fingerprints, copies
+def test_fingerprints_and_names_follow_the_files(tmp_path):
+    "The same files, in memory, streamed or packed, have the same fingerprints; subsets keep theirs; names are those of the files."
+    g = torch.Generator().manual_seed(0)
+    for c in ('a', 'b'):
+        (tmp_path/'pics'/c).mkdir(parents=True)
+        for i in range(4): Image.fromarray(torch.randint(0, 256, (12, 12, 3), generator=g, dtype=torch.uint8).numpy()).save(tmp_path/'pics'/c/f'{i}.png')
+    memory, stream = images(tmp_path/'pics').train, images(tmp_path/'pics', stream=True).train
+    packed = images(pack(tmp_path/'pics', tmp_path/'p.npz')).train
+    prints = memory.fingerprints()
+    assert len(prints.unique()) == 8 and prints.dtype == torch.int64
+    assert torch.equal(prints, stream.fingerprints()) and torch.equal(prints, packed.fingerprints())
+    assert torch.equal(images(tmp_path/'pics', size=6).train.fingerprints(), prints) # of the file, whatever the size
+    assert torch.equal(memory.subset([5, 1]).fingerprints(), prints[[5, 1]]) and torch.equal(stream.subset([5, 1]).fingerprints(), prints[[5, 1]])
+    assert memory.names == stream.names == ['a/0.png', 'a/1.png', 'a/2.png', 'a/3.png', 'b/0.png', 'b/1.png', 'b/2.png', 'b/3.png']
+    assert memory.subset([5]).names == ['b/1.png'] and memory.to('cpu').names == memory.names
+    assert TensorImages(torch.zeros(1, 3, 2, 2, dtype=torch.uint8)).names is None
+
+def test_copies_between_stores_that_stream(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    for part, n in (('train', 5), ('test', 3)):
+        for c in ('a', 'b'):
+            (tmp_path/part/c).mkdir(parents=True)
+            for i in range(n): Image.fromarray(torch.randint(0, 256, (12, 12, 3), generator=g, dtype=torch.uint8).numpy()).save(tmp_path/part/c/f'{i}.png')
+    shutil.copy(tmp_path/'train'/'a'/'2.png', tmp_path/'test'/'b'/'renamed.png')
+    for stream in (True, None):
+        data = images(tmp_path, stream=stream)
+        assert [data.test.names[i] for i in copies(data.train, data.test)] == ['b/renamed.png']
+        clean = data.without_copies()
+        assert len(clean.train) == 9 and 'a/2.png' not in clean.train.names and clean.train.labels.tolist() == [0]*4 + [1]*5
+
+def test_resize_further_than_the_cut():
+    x = torch.randint(0, 256, (2, 3, 40, 60), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    store = TensorImages(x)
+    got = next(store.batches(28, 2, resize=32))[0]
+    assert torch.equal(got, F.center_crop(F.resize(x, [32], antialias=True), [28, 28]))
+    assert not torch.equal(got, next(store.batches(28, 2))[0])
+    with pytest.raises(ValueError, match='resize=20'): next(store.batches(28, 2, resize=20))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parent.parent
-MODULES = ['data', 'views', 'patches', 'losses', 'encoders', 'towers', 'terms', 'methods', 'probes', 'training', 'results', 'cli', 'all']
+MODULES = ['data', 'views', 'patches', 'losses', 'encoders', 'peers', 'towers', 'terms', 'methods', 'probes', 'protocols', 'figures', 'training', 'finetune', 'results', 'cli', 'all']
 
 def python(code, *args, **env):
     return subprocess.run([sys.executable, *args, '-c', code], capture_output=True, text=True, env={**os.environ, **env})

@@ -1,11 +1,16 @@
 "Records of runs, read and compared: by hand on made-up runs, partial ones and ones from before a field existed included."
+import csv
 import json
+import math
+import random
 from dataclasses import replace
+from statistics import mean
 import matplotlib
 import pytest
-from ssl_patch.probes import Record
-from ssl_patch.results import (Run, along, budget, curves, dots, facts, gap_sentence, gap_table, gaps, load_run, load_runs, md_table, missing,
-                               names, noise, recipes, score_table, scores, sweep, updates)
+import torch
+from ssl_patch.probes import Record, pack_each
+from ssl_patch.results import (Run, along, budget, compare, curves, facts, ledger, load_run, load_runs, md_table, missing, names, noise, paired_bootstrap,
+                               recipes, scores, sweep, updates)
 matplotlib.use('Agg')
 
 CONFIG = dict(slots=dict(views='weak / strong', patches='all', target='EMA 0.99', objective='info_nce(tau=0.1)'),
@@ -33,13 +38,35 @@ def test_a_folder_as_a_run(tmp_path):
     assert repr(run) == 'APS power 3 flips ignored, seed 12: 2 epochs, kNN 0.500'
 
 @pytest.mark.parametrize('name', ['run', 'run_seed', 'run_seedx', '_seed0'])
-def test_a_folder_without_a_seed(tmp_path, name):
-    with pytest.raises(ValueError, match='NAME_seedN'): load_run(tmp_path/name)
+def test_a_folder_with_another_name(tmp_path, name):
+    write(tmp_path, 'a', 0, .5, config={**CONFIG, 'seed': 7}).rename(tmp_path/name)
+    run = load_run(tmp_path/name)
+    assert (run.name, run.seed, run.folder) == (name, 7, str(tmp_path/name))
+    (tmp_path/name/'config.json').unlink()
+    assert load_run(tmp_path/name).seed == 0
+    assert compare([tmp_path/name]).values(name, 'kNN') == {0: .5}
 
-@pytest.mark.parametrize('gone', ['config.json', 'metrics.csv', 'records.jsonl'])
-def test_a_folder_that_lacks_a_file(tmp_path, gone):
-    folder = write(tmp_path, 'a', 0, .5); (folder/gone).unlink()
-    with pytest.raises(ValueError, match=gone): load_run(folder)
+@pytest.mark.parametrize('gone', [['config.json'], ['metrics.csv'], ['records.jsonl'], ['config.json', 'metrics.csv'], ['metrics.csv', 'records.jsonl']])
+def test_a_folder_that_lacks_files(tmp_path, gone):
+    folder = write(tmp_path, 'a', 3, .5)
+    for f in gone: (folder/f).unlink()
+    run = load_run(folder)
+    assert (run.name, run.seed) == ('a', 3) and (run.config == {}) == ('config.json' in gone) and (run.history == []) == ('metrics.csv' in gone)
+    assert len(load_runs(tmp_path)) == ('records.jsonl' not in gone) and len(load_runs(tmp_path, probed=False)) == 1
+    facts(run); along([run], 'a', 'loss'); curves([run], [('loss', 'loss')], {}); recipes([run]); missing([run], {'a': [3]}, ['kNN'])
+    assert 'a' in ledger([folder]) and 'not recorded' in ledger([folder])
+    if 'metrics.csv' in gone:
+        with pytest.raises(ValueError, match='no epoch'): budget([run])
+
+def test_a_folder_that_is_no_run(tmp_path):
+    for folder in (tmp_path, tmp_path/'nowhere'):
+        with pytest.raises(ValueError, match='neither'): load_run(folder)
+
+def test_a_list_of_folders(tmp_path):
+    one, two = write(tmp_path/'x', 'a', 0, .5), write(tmp_path/'y', 'b', 0, .6)
+    assert names(load_runs([one, tmp_path/'y'])) == ['a', 'b'] == names(load_runs([tmp_path/'x', two, str(one)])) # each once
+    assert names(load_runs(one)) == ['a']
+    with pytest.raises(ValueError, match='nowhere'): load_runs([one, tmp_path/'nowhere'])
 
 def test_order_is_given_and_the_rest_follows_by_name(tmp_path):
     for name in ('b', 'a', 'd', 'c'):
@@ -70,9 +97,9 @@ def test_a_run_from_before_the_fields(tmp_path):
     "Nothing but metrics and probes, and a metrics file without most columns."
     run = load_run(write(tmp_path, 'old', 0, .5, config={}, metrics='epoch,batches,seconds\n1,10,60\n'))
     assert facts(run)['optimiser'].startswith('not recorded') and facts(run)['bfloat16'] == 'not recorded'
-    for shown in (budget([run]), recipes([run]), score_table([run])): assert shown
+    for shown in (budget([run]), recipes([run]), compare([run]).table, ledger([run])): assert shown
     assert along([run], 'old', 'loss') == ([], [])
-    curves([run], [('loss', 'loss')], {}); dots([run], {})
+    curves([run], [('loss', 'loss')], {}); compare([run]).plot()
     new = load_run(write(tmp_path, 'new', 0, .6))
     with pytest.raises(ValueError, match='differs: .*old.*new|differs: .*new.*old'): budget([run, new])
 
@@ -114,24 +141,138 @@ def test_random_encoders_of_two_networks_are_kept_apart(tmp_path):
     assert scores(load_runs(tmp_path, ['MoCo v3']), 'kNN') == {'raw pixels': {0: .1}, 'random encoder, style=moco_v3': {0: .3}, 'random encoder, style=aps': {0: .2},
                                                               'MoCo v3': {0: .5}, 'APS': {0: .5}}
 
-def test_a_protocol_twice(tmp_path):
-    write(tmp_path, 'a', 0, .5, protocols=('kNN', 'kNN'))
-    with pytest.raises(ValueError, match='several'): scores(load_runs(tmp_path), 'kNN')
+def each(value, n=100, seed=0): return pack_each(torch.randperm(n, generator=torch.Generator().manual_seed(seed)) < round(n*value))
 
-def test_score_table(runs, tmp_path):
+def test_a_protocol_in_several_ways(tmp_path):
+    folder = write(tmp_path, 'a', 0, .5); Record('kNN', .4, 'a', 'cifar10', .1, settings=dict(k=200), n_test=100).save(folder)
+    c = compare([folder])
+    assert c.columns == ['kNN', 'kNN k=200'] and c.values('a', 'kNN k=200') == {0: .4}
+    with pytest.raises(ValueError, match='several ways'): scores(c.runs, 'kNN')
+
+def test_table(runs, tmp_path):
     write(tmp_path/'more', 'Dense', 0, .3, protocols=('linear segmentation',), metric='mIoU', baselines={'place alone': .15})
-    lines = score_table([*runs, *load_runs(tmp_path/'more')], ['kNN', 'linear segmentation']).splitlines()
-    assert lines[0] == '|  | kNN, top-1, % | linear segmentation, mIoU, % | seeds |'
-    assert lines[2] == '| chance | 10.0 | 10.0 |  |'
-    assert lines[3:] == ['| raw pixels | 20.0 | – | 3 |', '| random encoder | 25.0 | – | 3 |', '| place alone | – | 15.0 | 1 |', '| MoCo v2 | 42.0 ± 2.0 | – | 3 |',
-                         '| CO2 | 42.5 ± 0.7 | – | 2 |', '| Dense | – | 30.0 | 1 |']
+    lines = [[c.strip() for c in line.split('|')[1:-1]] for line in compare([*runs, *load_runs(tmp_path/'more')]).table.split('\n\n')[0].splitlines()]
+    assert lines[0] == ['%', 'kNN top-1', 'linear segmentation mIoU', 'seeds']
+    assert lines[2:] == [['chance', '10.0', '10.0', ''], ['raw pixels', '20.0', '–', '3'], ['place alone', '–', '15.0', '1'], ['random encoder', '25.0', '–', '3'],
+                         ['MoCo v2', '42.0 ± 2.0', '–', '3'], ['CO2', '42.5 ± 0.7', '–', '2'], ['Dense', '–', '30.0', '1']]
 
-def test_gaps_are_paired(runs):
-    assert gaps(runs, 'CO2', 'MoCo v2', 'kNN') == pytest.approx({0: 2, 1: -1}) # seed 2 has one of them alone
-    assert gap_sentence(runs, 'CO2', 'MoCo v2', 'kNN') == 'kNN: CO2 is above MoCo v2 in 1 of 2 seeds; +0.5 points on average (-1.0 to +2.0)'
-    assert gap_sentence(runs, 'CO2', 'SCE', 'kNN') == 'kNN: CO2 and SCE have no seed in common'
-    lines = gap_table([r for r in runs if (r.name, r.seed) != ('CO2', 1)], [('CO2', 'MoCo v2')], ['kNN', 'linear']).splitlines()
-    assert lines[2] == '| CO2 over MoCo v2 | +2.0 (one seed) | no seed in common |'
+def test_a_cell_with_fewer_seeds_says_so(runs):
+    Record('linear', .5, 'MoCo v2', 'cifar10', .1, seed=1, n_test=100).save(runs[1].folder)
+    c = compare([load_run(r.folder) for r in runs])
+    assert '| 50.0 (1 seed) |     3 |' in c.table and c.rows[0] == 'MoCo v2'
+
+@pytest.mark.parametrize('other', [dict(n_test=50), dict(n_train=7), dict(settings=dict(k=1)), dict(data='cifar100'), dict(layer='patch_mean'), dict(metric='mAP')])
+def test_what_may_not_be_compared(tmp_path, other):
+    folder = write(tmp_path, 'b', 0, .6, protocols=())
+    replace(Record('kNN', .6, 'b', 'cifar10', .1, n_test=100), **other).save(folder)
+    c = compare([write(tmp_path, 'a', 0, .5), folder])
+    assert len(c.columns) == 2 == len(set(c.columns)) and c.gaps('b', 'a', c.columns[0]) == {}
+    assert 'b and a have no column in common: they are not compared' in c.differences
+    assert c.differences.splitlines()[2].count('–') == 2
+
+def test_rows_never_mix(tmp_path):
+    one = write(tmp_path/'x', 'a', 0, .5, tower='online', settings=dict(k=1))
+    Record('kNN', .6, 'a', 'cifar10', .1, tower='target', settings=dict(k=1), n_test=100).save(one)
+    assert compare([one]).rows == ['a, online tower', 'a, target tower']
+    assert compare([one, write(tmp_path/'x', 'old', 0, .5)]).rows[-1] == 'old, unnamed tower'
+    assert compare([write(tmp_path/'l', 'a', 0, .5), write(tmp_path/'l', 'a', 1, .5, config={**CONFIG, 'lr': .03})]).rows == [
+        f'a, sgd, learning rate {lr}, weight decay 0.0005' for lr in ('0.06', '0.03')]
+    assert compare([write(tmp_path/'here', 'a', 0, .5), write(tmp_path/'there', 'a', 0, .6)]).rows == ['a, here', 'a, there']
+    assert compare([write(tmp_path/'n', 'a', 0, .5), write(tmp_path/'n', 'a', 1, .6, config={}, metrics='epoch\n1\n')]).rows == ['a'] # not known is no difference
+    theirs = tmp_path/'theirs'
+    for name, v in (('dino', .5), ('moco', .6)): Record('kNN', v, name, 'cifar10', .1).save(theirs)
+    assert compare(theirs).rows == ['theirs, dino', 'theirs, moco']
+    theirs = tmp_path/'two'
+    for name, p in (('dino', 'kNN'), ('moco', 'linear')): Record(p, .5, name, 'cifar10', .1).save(theirs)
+    assert compare(theirs).rows == ['two, dino', 'two, moco'] # though no column has both
+    with pytest.raises(ValueError, match='given twice'): compare([load_run(one), load_run(one)])
+
+def test_seeds_of_the_probe_are_averaged(tmp_path):
+    folder = write(tmp_path, 'a', 4, .5); Record('kNN', .7, 'a', 'cifar10', .1, seed=9, n_test=100).save(folder)
+    assert compare([folder]).values('a', 'kNN') == {4: pytest.approx(.6)}
+    theirs = tmp_path/'theirs'
+    for s in (0, 1): Record('kNN', .5 + .1*s, 'x', 'cifar10', .1, seed=s).save(theirs) # nothing is known of the run: the records' seeds
+    assert compare(theirs).values('theirs', 'kNN') == {0: .5, 1: .6}
+
+def test_protocols_are_chosen_and_ordered(tmp_path):
+    folder = write(tmp_path, 'a', 0, .5, protocols=('kNN', 'linear', 'svm'))
+    assert compare([folder], protocols=['svm', 'kNN', 'never']).columns == ['svm', 'kNN']
+    with pytest.raises(ValueError, match='none given'): compare([])
+    with pytest.raises(ValueError, match="baseline='b'.*there is a"): compare([folder], 'b')
+
+def test_differences(runs):
+    c = compare(runs)
+    assert c.gaps('CO2', 'MoCo v2', 'kNN') == pytest.approx({0: 2, 1: -1}) # seed 2 has one of them alone
+    assert '| CO2 over MoCo v2 | +0.5 (-1.0 to +2.0; above in 1 of 2) |' in c.differences and 'bootstrap over seeds alone, which is rough' in c.differences
+    one = compare([r for r in runs if r.seed == 0])
+    assert '| +2.0 (one seed) |' in one.differences and 'no interval where there is one seed' in one.differences
+    assert '| no seed in common |' in compare([runs[0], runs[-1]]).differences
+    assert 'MoCo v2 over CO2' in compare(runs, 'CO2').differences and 'no pair' in compare(runs[:3]).differences
+    with pytest.raises(ValueError, match='SCE'): c.between([('SCE', 'CO2')])
+
+def test_intervals_take_images_where_they_are_kept(tmp_path):
+    for name, v in (('a', .4), ('b', .5), ('c', .6)): write(tmp_path, name, 0, v, **({} if name == 'c' else dict(each=each(v, seed=len(name)))))
+    c = compare(tmp_path)
+    d, e = (compare(tmp_path).between([('b', n)]) for n in 'ac')
+    assert '; one seed)' in d and '- bootstrap over test images' in d and '(one seed)' in e
+    assert '- bootstrap over test images\n- no interval where' in c.differences
+    write(tmp_path/'odd', 'a', 0, .4, each=each(.5)); write(tmp_path/'odd', 'b', 0, .5, each=each(.5)) # a value that is no mean of these
+    assert 'no interval' in compare(tmp_path/'odd').differences
+
+def test_what_was_drawn_is_told_by_column_and_row(tmp_path):
+    for s in (0, 1):
+        for name, v in (('a', .4), ('b', .5), ('c', .6)): write(tmp_path, name, s, v, **({} if name == 'c' else dict(each=each(v, seed=10*s + len(name)))))
+    text = compare(tmp_path).differences
+    assert '- kNN (b): bootstrap over seeds and test images' in text and '- kNN (c): bootstrap over seeds alone' in text
+
+def test_intervals_come_again(tmp_path):
+    for name, v in (('a', .4), ('b', .5)):
+        for s in range(3): write(tmp_path, name, s, v, each=each(v, seed=10*s + len(name)))
+    assert compare(tmp_path).differences == compare(tmp_path).differences != compare(tmp_path, seed=1).differences
+    assert '- bootstrap over seeds and test images' in compare(tmp_path).differences
+
+def test_save_and_csv(runs, tmp_path):
+    c = compare(runs); c.save(tmp_path/'out'/'deep')
+    assert sorted(f.name for f in (tmp_path/'out'/'deep').iterdir()) == ['comparison.csv', 'comparison.md', 'comparison.png']
+    rows = list(csv.DictReader((tmp_path/'out'/'deep'/'comparison.csv').open(newline='')))
+    assert len(rows) == 5 and rows[0]['method'] == 'MoCo v2' and rows[0]['seed'] == '0' and float(rows[0]['value']) == .4 and rows[0]['raw pixels'] == '0.2'
+    assert json.loads(rows[0]['settings']) == {} and rows[0]['seconds'] == rows[0]['hardware'] == ''
+    text = (tmp_path/'out'/'deep'/'comparison.md').read_text()
+    assert c.table in text and c.differences in text and c._repr_markdown_() == repr(c)
+
+# ---------------------------------------------------------------- the bootstrap
+def right(p, seeds, images, key): return {s: torch.rand(images, generator=torch.Generator().manual_seed(1000*key + s)) < p for s in range(seeds)}
+
+@pytest.mark.parametrize('seeds,images', [(1, 80), (3, 80), (4, 1)])
+def test_bootstrap_against_a_double_loop(seeds, images):
+    a, b = right(.7, seeds, images, 1), right(.5, seeds, images, 2)
+    found, g = [], random.Random(0)
+    for _ in range(2000):
+        s, i = g.choices(range(seeds), k=seeds), torch.tensor(g.choices(range(images), k=images))
+        found.append(mean((a[k].double()[i] - b[k].double()[i]).mean().item() for k in s))
+    m, low, high = paired_bootstrap(a, b, draws=20_000)
+    assert m == pytest.approx(mean((a[s].double() - b[s].double()).mean().item() for s in a))
+    assert (low, high) == pytest.approx(torch.tensor(found).quantile(torch.tensor([.025, .975])).tolist(), abs=.03)
+
+def test_bootstrap_of_a_normal_mean():
+    "One seed, many images: the interval is the textbook's."
+    x = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    m, low, high = paired_bootstrap({0: x}, {0: torch.zeros(4000)}, draws=8000)
+    half = 1.96*x.std().item()/4000**.5
+    assert (low - m, high - m) == pytest.approx((-half, half), rel=.06)
+
+def test_bootstrap_ignores_seeds_that_one_lacks_and_says_when_there_is_nothing():
+    a, b = {0: .5, 1: .7, 2: .9}, {1: .4, 0: .4}
+    assert paired_bootstrap(a, b)[0] == pytest.approx(.2)
+    assert [math.isnan(x) for x in paired_bootstrap({0: .5}, {0: .4})] == [False, True, True]
+    assert paired_bootstrap({0: .5, 1: right(.5, 1, 9, 0)[0]}, {0: .4, 1: .4})[0] == pytest.approx((.1 + right(.5, 1, 9, 0)[0].double().mean().item() - .4)/2)
+    with pytest.raises(ValueError, match='none in common'): paired_bootstrap({0: .5}, {1: .5})
+    with pytest.raises(ValueError, match='same images'): paired_bootstrap(right(.5, 1, 9, 0), right(.5, 1, 8, 0))
+    with pytest.raises(ValueError, match='draws=0'): paired_bootstrap(a, b, draws=0)
+
+def test_bootstrap_is_the_same_again_and_bounded_in_memory():
+    a, b = right(.7, 3, 50_000, 1), right(.7, 3, 50_000, 2)
+    assert paired_bootstrap(a, b, draws=200) == paired_bootstrap(a, b, draws=200) != paired_bootstrap(a, b, draws=200, seed=1)
 
 def test_noise(runs, tmp_path):
     # mean accuracy .422; sqrt(.422 x .578 / 100) = .0494
@@ -147,19 +288,23 @@ def test_along_takes_epochs_that_all_have(runs):
     assert along(runs, 'CO2', 'knn', lambda v: 100*v) == ([2], [30.])
     assert along(runs, 'SCE', 'loss') == ([], [])
 
-def test_dots(runs, tmp_path):
-    write(tmp_path/'more', 'CO2', 0, .3, protocols=('linear segmentation',), metric='mIoU', baselines={'place alone': .15})
-    axs = dots([*runs, *load_runs(tmp_path/'more')], {'CO2': 'tab:green'}, ['kNN', 'linear segmentation'])
-    assert [t.get_text() for t in axs[0].get_yticklabels()] == ['raw pixels', 'random encoder', 'place alone', 'MoCo v2', 'CO2'] # one row for both panels
-    assert [ax.get_xlabel() for ax in axs] == ['top-1 accuracy, %', 'mIoU, %']
-    last = axs[0].get_lines()[-2]
+def test_plot(runs, tmp_path):
+    write(tmp_path/'more', 'Dense', 0, .3, protocols=('linear segmentation',), metric='mIoU', baselines={'place alone': .15})
+    fig = compare([*runs, *load_runs(tmp_path/'more')]).plot({'CO2': 'tab:green'})
+    top, seg, gap, none = fig.axes
+    assert [t.get_text() for t in top.get_yticklabels()] == ['raw pixels', 'place alone', 'random encoder', 'MoCo v2', 'CO2', 'Dense'] # one row for both panels
+    assert [ax.get_xlabel() for ax in fig.axes] == ['top-1 accuracy, %', 'mIoU, %', 'points above MoCo v2', 'points above MoCo v2']
+    assert top.get_title().endswith('chance 10 %') and none.lines[0].get_color() == 'black' and len(none.lines) == 1
+    last = top.get_lines()[-2]
     assert last.get_color() == 'tab:green' and list(last.get_xdata()) == [42, 43] and list(last.get_ydata()) == [4, 4]
+    interval, points, bar = gap.get_lines()[:3]
+    assert list(points.get_xdata()) == pytest.approx([2, -1]) and list(bar.get_xdata()) == pytest.approx([.5, .5]) and list(interval.get_xdata()) == pytest.approx([-1, 2], abs=1e-4)
 
-def test_dots_say_chance(runs, tmp_path):
-    title = lambda axs: axs[0].figure._suptitle.get_text()
-    assert title(dots(runs, {})).endswith('chance is 10 %')
-    folder = write(tmp_path/'more', 'a', 0, .5); Record('linear segmentation', .3, 'a', 'CamVid', .025).save(folder)
-    assert title(dots(load_runs(tmp_path/'more'), {}, ['kNN', 'linear segmentation'])).endswith('chance: kNN 10 %, linear segmentation 2.5 %')
+def test_plot_of_many_columns_and_of_one_method(tmp_path):
+    folder = write(tmp_path, 'a', 0, .5, protocols=[f'p{i}' for i in range(5)])
+    fig = compare([folder]).plot()
+    assert len(fig.axes) == 6 and [ax.get_title().split('\n')[0] for ax in fig.axes if ax.axison] == [f'p{i}' for i in range(5)]
+    with pytest.raises(ValueError, match='no records'): compare([folder], protocols=['kNN']).plot()
 
 def test_sweep(runs):
     ax, = sweep(runs, {'MoCo v2': 3, 'CO2': 1}, 'a number', ['kNN'])
@@ -175,3 +320,43 @@ def test_curves(runs):
 
 def test_a_run_is_plain_data():
     assert Run('a', 0, {}, [], []) == Run('a', 0, {}, [], [])
+
+# ---------------------------------------------------------------- the ledger
+COMMAND = 'ssl_patch pretrain --out runs/soft/{} --data /data/sets/cifar10.npz --method co2 --seed {} --progress lines'
+
+def kept(root, name, seed, value, config=CONFIG, **kw):
+    return write(root, name, seed, value, {**config, 'seed': seed, 'started': f'2026-11-2{seed}T09:00:00', 'command': COMMAND.format(f'{name}_seed{seed}', seed)}, **kw)
+
+def test_ledger(tmp_path):
+    for name, v in (('CO2', .5), ('MoCo_v2', .4)):
+        for s in (0, 1): kept(tmp_path, name, s, v + .02*s)
+    text = ledger(tmp_path)
+    rows = [[c.strip() for c in line.split('|')[1:-1]] for line in text.split('\n\n')[0].splitlines()]
+    assert rows[0] == ['%', 'no.', 'kNN', 'training time'] and [r[0] for r in rows[2:]] == ['chance', 'raw pixels', 'random encoder', 'CO2', 'MoCo v2']
+    assert rows[-2] == ['CO2', '1', '51.0 ± 1.4', '2.0 min'] and rows[-1][1] == '2'
+    assert 'network vit tiny, patch 4; epochs 2; batch 128; seeds 0, 1; probe time not recorded; hardware an abacus; started 2026-11-20 / 2026-11-21.' in text
+    assert '\nkNN: top-1 on cifar10.\n' in text
+    assert '1. CO2: `ssl_patch pretrain --out CO2_seedN --data cifar10.npz --method co2 --seed N`\n' in text # once for both seeds
+    assert 'details' not in ledger(tmp_path, commands=False) and '/data/' not in text
+
+def test_ledger_in_groups(tmp_path):
+    for d in 'xy': kept(tmp_path/d, 'a', 0, .5)
+    kept(tmp_path/'y', 'b', 1, .6, config={**CONFIG, 'hardware': 'a slide rule', 'method': 'SCE', 'data': dict(name='stl10', train=9)}, hardware='', seconds=12.)
+    text = ledger({'one': tmp_path/'x', 'two': [tmp_path/'y'/'a_seed0', tmp_path/'y'/'b_seed1']})
+    assert '**one**' in text and '**two**' in text and '| b (SCE) ' in text.replace('  ', ' ')
+    assert '3. b: `' in text and '; hardware a slide rule; started 2026-11-21' in text # numbers go on; what differs is told
+    assert ' stl10, 9 training images |' in text and ' 12 s |' in text and ' not recorded |' in text
+    with pytest.raises(ValueError, match="no runs for 'one'"): ledger({'one': tmp_path/'nowhere'})
+
+def test_ledger_of_runs_that_were_never_probed(tmp_path):
+    kept(tmp_path, 'a', 0, .5, protocols=()); kept(tmp_path, 'b', 0, .5)
+    assert '| a              |   2 |    – |' in ledger(tmp_path)
+    assert '| a |   1 |' in ledger([tmp_path/'a_seed0'])
+
+def test_ledger_says_once_what_networks_share(tmp_path):
+    for i, style in enumerate(('aps', 'moco_v3')): kept(tmp_path, f'm{i}', 0, .5, config={**CONFIG, 'encoder': dict(kind='vit', name='tiny', patch=4, style=style)})
+    assert 'network vit tiny, patch 4, and as said in each row.' in ledger(tmp_path) and '| style moco_v3 |' in ledger(tmp_path)
+
+def test_ledger_orders_numbers(tmp_path):
+    for p in ('10', '3', '0.5', '0.25'): kept(tmp_path, f'p_{p}', 0, .5)
+    assert [line.split('|')[1].strip() for line in ledger(tmp_path).split('\n\n')[0].splitlines()[5:]] == ['p 0.25', 'p 0.5', 'p 3', 'p 10']

@@ -1,0 +1,585 @@
+"Published protocols against scikit-learn, plain loops and numbers worked out by hand."
+import math
+import os
+import sys
+import warnings
+from itertools import permutations
+from pathlib import Path
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from ssl_patch.data import ByteFiles, FileImages, ImageData, TensorImages, images
+from ssl_patch.encoders import resnet, vit
+from ssl_patch.probes import extract, knn, load_records
+from ssl_patch.protocols import (LinearRecipe, average_precision, choose_C, draw_shots, fit_svm, knn_settings, linear_probe, linear_rate,
+                                 linear_recipes, logistic, logistic_path, mean_average_precision, pad_crop, per_class, precision_recall,
+                                 ranking_precision, recall_at, retrieval, retrieval_chance, svm, train_head, transfer_sets, validation_split,
+                                 voc07, voc_classes, weight_decays)
+
+def gen(seed=0): return torch.Generator().manual_seed(seed)
+def rand(*shape, seed=0): return torch.randn(*shape, generator=gen(seed))
+
+def make_images(n, classes=3, seed=0, size=8, noise=60, y=None, hard=False):
+    "Colour says the class; noise makes it less than trivial, and `hard` much less."
+    y = torch.arange(n) % classes if y is None else torch.as_tensor(y)
+    colour = torch.tensor([[200., 60, 60], [60, 200, 60], [60, 60, 200], [180, 180, 40]])
+    if hard: colour = 128 + .08*(colour - 128)
+    x = colour[y.clamp_min(0)][:, :, None, None] + noise * torch.randn(n, 3, size, size, generator=gen(seed))
+    return TensorImages(x.clamp(0, 255).byte(), y, [f'c{i}' for i in range(classes)])
+
+def make_data(n=60, m=30, **kw): return ImageData(make_images(n, seed=1, **kw), make_images(m, seed=2, **kw), 'colours', 'the label is a colour')
+
+class Net(nn.Module):
+    "A convolution with batch-norm and dropout: wrong in train mode."
+    def __init__(self, seed=0, size=8):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(.5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.size, self.dim = size, 6
+    def fresh(self, seed): return Net(seed, self.size)
+    def forward(self, x): counts[id(self)] = counts.get(id(self), 0) + len(x); return self.net(x)
+
+counts = {}
+quick = dict(epochs=3, batch_size=16, lr=1.)
+
+# ---------------------------------------------------------------- kNN settings
+def test_knn_settings():
+    assert knn_settings == {'instdisc': dict(k=200, T=.07), 'dino': dict(k=20, T=.07), 'moco_demo': dict(k=200, T=.1)}
+    assert knn(Net(), make_data(), **knn_settings['dino'], baselines=False).settings['k'] == 20
+
+# ---------------------------------------------------------------- linear recipes
+def test_recipes_have_the_published_numbers():
+    want = {'moco': (100, 256, 30., None, 'steps', False, 'normal', (.08, 1.), 0), 'moco_v3': (90, 1024, .1, 256, 'cosine per epoch', False, 'normal', (.08, 1.), 0),
+            'sce': (90, 1024, .1, 256, 'cosine', False, 'torch', (.08, 1.), 0), 'ressl': (100, 256, .3, None, 'cosine', False, 'normal', (.08, 1.), 0),
+            'small': (100, 256, 30., None, 'steps', False, 'torch', None, 4), 'ressl_small': (100, 256, 10., None, 'steps', True, 'normal', (.08, 1.), 0)}
+    assert {n: (r.epochs, r.batch_size, r.lr, r.lr_batch, r.schedule, r.nesterov, r.start, r.scale, r.pad) for n, r in linear_recipes.items()} == want
+    assert all((r.momentum, r.weight_decay, r.flip) == (.9, 0, .5) for r in linear_recipes.values())
+
+@pytest.mark.parametrize('name,epoch,lr', [('moco', 0, 30), ('moco', 59, 30), ('moco', 60, 3), ('moco', 79, 3), ('moco', 80, .3), ('moco', 99, .3), ('ressl_small', 60, 1),
+                                           ('moco_v3', 0, .4), ('moco_v3', 30, .3), ('moco_v3', 45, .2), ('sce', 0, .4), ('sce', 45, .2), ('ressl', 50, .15)])
+def test_learning_rates(name, epoch, lr):
+    assert linear_rate(linear_recipes[name], epoch * 7, 7) == pytest.approx(lr)
+
+def test_learning_rate_inside_an_epoch():
+    r = linear_recipes
+    assert linear_rate(r['moco_v3'], 6, 7) == .4 and linear_rate(r['sce'], 6, 7) == pytest.approx(.2 * (1 + math.cos(math.pi * 6 / 630)))
+    for epochs in (1, 5, 10, 35, 90, 100):
+        drops = [linear_rate(LinearRecipe(epochs=epochs), e, 1) for e in range(epochs)]
+        assert [round(math.log10(30 / d)) for d in drops] == [(e >= math.ceil(.6*epochs - 1e-9)) + (e >= math.ceil(.8*epochs - 1e-9)) for e in range(epochs)]
+
+@pytest.mark.parametrize('bad', [dict(epochs=0), dict(batch_size=0), dict(lr=0.), dict(lr=math.nan), dict(schedule='linear'), dict(start='zero'), dict(drops=(60,)), dict(momentum=1.),
+                                 dict(nesterov=True, momentum=0.), dict(weight_decay=-1.), dict(pad=-1), dict(pad=.5), dict(scale=(1., .1)), dict(flip=2.), dict(lr_batch=0)])
+def test_recipe_errors(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))): LinearRecipe(**bad)
+
+def test_pad_crop_against_a_loop():
+    x = torch.rand(40, 3, 5, 6, generator=gen())
+    out, (top, left) = pad_crop(x, 2, gen(1)), torch.randint(5, (2, 40, 1), generator=gen(1))
+    for i in range(40):
+        frame = torch.zeros(3, 9, 10); frame[:, 2:7, 2:8] = x[i]
+        t, l = int(top[i]), int(left[i])
+        assert torch.equal(out[i], frame[:, t:t+5, l:l+6])
+    assert top.unique().tolist() == left.unique().tolist() == [0, 1, 2, 3, 4] and torch.equal(pad_crop(x, 0), x)
+
+@pytest.mark.parametrize('recipe', [LinearRecipe(epochs=4, batch_size=8, lr=.5), LinearRecipe(4, 64, .5, 32, 'cosine', nesterov=True, weight_decay=.1),
+                                    LinearRecipe(4, 8, .5, schedule='cosine per epoch', start='torch')])
+def test_train_head_against_sgd_by_hand(recipe):
+    x, y = rand(20, 3), torch.arange(20) % 4
+    order = [torch.randperm(20, generator=gen(e)).split(recipe.batch_size) for e in range(recipe.epochs)]
+    head = train_head(lambda e: ((x[b], b) for b in order[e]), y, 3, 4, recipe, seed=5)
+    first = train_head(lambda e: (), y, 3, 4, recipe, seed=5)                      # no batch at all: the start
+    if recipe.start == 'normal': assert first.bias.eq(0).all() and .003 < first.weight.std() < .03
+    else: assert first.weight.abs().max() <= 3**-.5 and first.weight.abs().max() > .3 and first.bias.abs().max() > .05
+    W, speed = torch.cat([first.weight, first.bias[:, None]], 1).double(), torch.zeros(4, 4, dtype=torch.double)
+    one, step = torch.cat([x, torch.ones(20, 1)], 1).double(), 0
+    for e in range(4):
+        for b in order[e]:
+            grad = ((one[b] @ W.T).softmax(1) - F.one_hot(y[b], 4)).T @ one[b] / len(b) + recipe.weight_decay * W
+            speed = .9*speed + grad
+            W = W - linear_rate(recipe, step, len(order[0])) * (grad + .9*speed if recipe.nesterov else speed); step += 1
+    assert torch.allclose(torch.cat([head.weight, head.bias[:, None]], 1).double(), W, atol=1e-4)
+
+# ---------------------------------------------------------------- linear_probe
+def test_encoder_is_frozen_in_eval_mode_and_left_as_it_was():
+    net = Net().train(); net.net[1].eval()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    seen = []
+    net.register_forward_hook(lambda m, i, o: seen.append((m.training, m.net[3].training, torch.is_grad_enabled())))
+    for views in (None, 2): linear_probe(net, make_data(), views=views, baselines=False, **quick)
+    assert set(seen) == {(False, False, False)}
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
+    assert net.training and net.net[3].training and not net.net[1].training
+    assert all(p.grad is None and p.requires_grad for p in net.parameters())
+
+def test_fresh_views_pass_every_image_in_every_epoch_and_cached_ones_do_not():
+    data, net = make_data(), Net()
+    def cost(**kw): before = counts.get(id(net), 0); linear_probe(net, data, baselines=False, **quick, **kw); return counts[id(net)] - before
+    assert cost() == 60 + 30 + 3*60                                               # train and test once, without augmentation
+    assert cost() == 3*60 and cost(views=2) == 2*60 and cost(views=50) == 3*60    # the first two are remembered
+
+def test_cached_equals_fresh_without_augmentation():
+    data, off = make_data(), dict(scale=None, flip=0.)
+    a, b, c = (linear_probe(Net(), data, views=v, **off, **quick) for v in (None, 1, 3))
+    assert a.value == b.value == c.value and a.baselines == b.baselines == c.baselines and a.each == b.each
+    assert len(set(a.per_image().tolist())) == 2
+
+def test_augmentation_changes_features_and_measured_twice_is_the_same():
+    data, how = make_data(90, 90, hard=True), {**quick, 'epochs': 20, 'lr': 3., 'pad': 1}
+    a, again, other = (linear_probe(Net(), data, 'small', baselines=False, seed=s, **how) for s in (0, 0, 1))
+    assert (a.value, a.each) == (again.value, again.each) and a.each != other.each
+    assert linear_probe(Net(), data, 'moco', baselines=False, **{**how, 'pad': 0}).each != a.each
+
+def test_record_of_linear_probe(tmp_path):
+    data = make_data()
+    r = linear_probe(Net(), data, 'moco_v3', epochs=2, lr=.2, views=1, name='mine', seed=3, out=tmp_path)
+    assert (r.protocol, r.metric, r.encoder, r.seed, r.n_train, r.n_test) == ('linear, augmented', 'top-1', 'mine', 3, 60, 30)
+    assert {k: r.settings[k] for k in ('recipe', 'views', 'epochs', 'lr', 'batch_size', 'schedule', 'size')} == dict(
+        recipe='moco_v3', views=1, epochs=2, lr=.2, batch_size=1024, schedule='cosine per epoch', size=8)
+    assert set(r.baselines) == {'raw pixels', 'random encoder'} and r.per_image().mean().item() == pytest.approx(r.value) and r.seconds > 0
+    assert load_records(tmp_path) == [r]
+    assert linear_probe(Net(), data, LinearRecipe(epochs=2), views=1, baselines=False).settings['recipe'] == 'custom'
+    random = linear_probe(Net().fresh(3), data, 'moco_v3', epochs=2, lr=.2, views=1, seed=3, baselines=False)
+    assert r.baselines['random encoder'] == random.value
+
+def test_baselines_are_remembered(monkeypatch):
+    data, made = make_data(), []
+    monkeypatch.setattr(Net, 'fresh', lambda self, seed: (made.append(Net(seed)), made[-1])[1])
+    a = linear_probe(Net(4), data, **quick); spent = counts[id(made[0])]
+    b = linear_probe(Net(5), data, **quick)
+    assert a.baselines == b.baselines and spent > 0 and counts.get(id(made[1]), 0) == 0
+    assert linear_probe(Net(5), data, **{**quick, 'lr': 1e-6}).baselines != b.baselines
+
+def test_raw_pixels_do_not_depend_on_their_scale():
+    data = make_data()
+    louder = ImageData(data.train, data.test, stats=(data.mean, data.std / 50))   # raw pixels fifty times as long
+    values = [linear_probe(Net(), d, views=1, **quick).baselines['raw pixels'] for d in (data, louder)]
+    assert values[0] == pytest.approx(values[1], abs=.04)
+
+def test_copies_of_test_images_are_left_out_of_the_views():
+    data = make_data()
+    train = TensorImages(torch.cat([data.train.images, data.test.images[:5]]), torch.cat([data.train.labels, (data.test.labels[:5] + 1) % 3]), data.classes)
+    mixed = ImageData(train, data.test, 'mixed')
+    with pytest.raises(ValueError, match='5 of 30'): linear_probe(Net(), mixed, **quick)
+    a, b = (linear_probe(Net(), d, overlap='drop', baselines=False, **quick) for d in (data, mixed))
+    assert a.each == b.each and b.n_train == 60 and 'left out' in b.note
+
+def test_streamed_images(tmp_path):
+    from PIL import Image
+    data, files = make_data(24, 12), {}
+    for split in ('train', 'test'):
+        store, names = getattr(data, split), []
+        for i, x in enumerate(store.images):
+            names.append(f'{split}{i}.png'); x = F.pad(x, (0, i % 3, 0, 0)); x[0, 0, 0] = i              # of several widths, all different
+            Image.fromarray(x.permute(1, 2, 0).numpy()).save(tmp_path/names[-1])
+        files[split] = FileImages(ByteFiles(tmp_path, names), store.labels, store.classes)
+    streamed = ImageData(files['train'], files['test'], 'files')
+    for name in ('moco', 'small'):
+        a, b = (linear_probe(resnet('resnet18', 8, width=4), streamed, name, baselines=False, workers=w, **{**quick, 'epochs': 2}) for w in (0, 1))
+        assert a.n_train == 24 and 0 <= a.value <= 1
+    net = resnet('resnet18', 8, width=4).fresh(0)
+    assert len({linear_probe(net, streamed, baselines=False, workers=w, **quick).each for w in (0, 0, 1)}) == 1
+
+def test_linear_probe_errors():
+    data, net = make_data(), Net()
+    for match, kw in (('recipe', dict(recipe='mocov3')), ('views', dict(views=0)), ('epochs', dict(epochs=0)), ('schedule', dict(schedule='no')), ('layer', dict(layer='last')), ('overlap', dict(overlap='yes'))):
+        with pytest.raises(ValueError, match=match): linear_probe(net, data, **kw)
+    with pytest.raises(ValueError, match="'epoch'"): linear_probe(net, data, epoch=3)
+    assert counts.get(id(net), 0) == 0
+
+# ---------------------------------------------------------------- average precision
+def loop_ap(s, t, kind):
+    "Straight from the definition: one point for every threshold."
+    s, t = s[t >= 0].tolist(), t[t >= 0].tolist()
+    points = []
+    for cut in sorted(set(s), reverse=True):
+        taken = [b for a, b in zip(s, t) if a >= cut]
+        points.append((sum(taken) / sum(t), sum(taken) / len(taken)))
+    best = lambda r: max((p for q, p in points if q >= r - 1e-9), default=0.)
+    if kind == '11-point': return sum(best(i / 10) for i in range(11)) / 11
+    return sum((r - before) * (p if kind == 'area' else best(r)) for (r, p), before in zip(points, [0.] + [r for r, _ in points]))
+
+@pytest.mark.parametrize('seed', range(12))
+def test_average_precision_against_loops_and_sklearn(seed):
+    from sklearn.metrics import average_precision_score
+    s, t = rand(40, seed=seed), (rand(40, seed=seed + 99) > .6).long()
+    if seed % 2: s = (s * 2).round()                                              # ties
+    if seed % 3 == 0: t[::7] = -1
+    for kind in ('area', 'interpolated', '11-point'): assert average_precision(s, t, kind) == pytest.approx(loop_ap(s, t, kind))
+    assert average_precision(s, t) == pytest.approx(average_precision_score(t[t >= 0], s[t >= 0]))
+    order = torch.randperm(40, generator=gen(seed))
+    assert average_precision(s[order], t[order], 'interpolated') == pytest.approx(average_precision(s, t, 'interpolated'))
+
+def test_average_precision_by_hand():
+    s, t = torch.tensor([5., 4, 3, 2, 1]), torch.tensor([0, 1, 1, 0, 1])          # precision at the finds 1/2, 2/3, 3/5
+    assert average_precision(s, t) == pytest.approx((1/2 + 2/3 + 3/5) / 3)
+    assert average_precision(s, t, 'interpolated') == pytest.approx((2/3 + 2/3 + 3/5) / 3)
+    assert average_precision(s, t, '11-point') == pytest.approx((7*2/3 + 4*3/5) / 11)           # recalls 0 to 0.6, then 0.7 to 1
+    assert average_precision(s, torch.ones(5)) == 1. and average_precision(-s, torch.tensor([1, 0, 0, 0, 0])) == pytest.approx(.2)
+    ten = torch.cat([torch.ones(3), torch.zeros(90), torch.ones(7)])               # recall exactly 0.3 counts for the point 0.3
+    assert average_precision(-torch.arange(100.), ten, '11-point') == pytest.approx((4*1 + 7*.1) / 11)
+    assert math.isnan(average_precision(s, torch.zeros(5))) and math.isnan(average_precision(s, torch.full((5,), -1)))
+
+def test_mean_average_precision():
+    s, t = rand(30, 4), (rand(30, 4, seed=1) > .5).long()
+    assert mean_average_precision(s, t) == pytest.approx(np.mean([average_precision(s[:, c], t[:, c]) for c in range(4)]))
+    t[:, 2] = 0
+    assert mean_average_precision(s, t) == pytest.approx(np.mean([average_precision(s[:, c], t[:, c]) for c in (0, 1, 3)]))
+    for match, f in (('no image', lambda: mean_average_precision(s, 0*t)), ('kind', lambda: mean_average_precision(s, t, 'mean')), ('scores', lambda: mean_average_precision(s, t[:5])),
+                     ('scores', lambda: average_precision(s, t)), ('scores', lambda: average_precision(s[:, 0], t[:5, 0]))):
+        with pytest.raises(ValueError, match=match): f()
+    P, R = precision_recall(torch.tensor([1., 1, 0]), torch.tensor([1, 0, 1]))
+    assert P.tolist() == [.5, 2/3] and R.tolist() == [.5, 1.]
+
+# ---------------------------------------------------------------- logistic
+def test_weight_decays():
+    w = weight_decays()
+    assert len(w) == 45 and w[0] == pytest.approx(1e-6) and w[-1] == pytest.approx(1e5) and w[4] / w[0] == pytest.approx(10.)
+
+def test_per_class_against_sklearn():
+    from sklearn.metrics import recall_score
+    y, p = torch.randint(4, (50,), generator=gen()), torch.randint(5, (50,), generator=gen(1))
+    assert per_class(p, y, 5)[:4].tolist() == pytest.approx(recall_score(y, p, average=None, labels=range(4)).tolist()) and per_class(p, y, 5)[4].isnan()
+
+@pytest.mark.parametrize('seed', range(3))
+def test_validation_split(seed):
+    y = torch.tensor([0]*40 + [1]*10 + [2]*3 + [3]*2 + [4])[torch.randperm(56, generator=gen(seed))]
+    tr, va = validation_split(y, .2, seed)
+    assert torch.equal(torch.cat([tr, va]).sort().values, torch.arange(56)) and y[va].bincount(minlength=5).tolist() == [8, 2, 1, 0, 0]
+    assert torch.equal(va, validation_split(y, .2, seed)[1]) and not torch.equal(va, validation_split(y, .2, seed + 1)[1])
+    t = (rand(50, 6, seed=seed) > 1.5).long(); t[0, 5] = 1
+    tr, va = validation_split(t, .2, seed)
+    assert len(tr) + len(va) == 50 and len(va) == 10 and ((t[tr] == 1).any(0) == (t == 1).any(0)).all()
+    with pytest.raises(ValueError, match='share'): validation_split(y, 0.)
+
+def test_logistic_path_is_exact():
+    from sklearn.linear_model import LogisticRegression
+    y = torch.arange(90) % 3; x = rand(90, 4) + 2*F.one_hot(y, 4)
+    for wd, m in logistic_path(x, y, [1e-2, 1., 100.], 2000):
+        cold = LogisticRegression(C=1/wd, max_iter=5000, tol=1e-8).fit(x.double().numpy(), y.numpy())
+        assert np.abs(m.predict_proba(x.double().numpy()) - cold.predict_proba(x.double().numpy())).max() < .01
+
+def plain_logistic(x, y, u, wd):
+    from sklearn.linear_model import LogisticRegression
+    return torch.from_numpy(LogisticRegression(C=1/wd, max_iter=5000, tol=1e-7).fit(x.double().numpy(), y.numpy()).predict(u.double().numpy()))
+
+@pytest.mark.parametrize('pixels', [False, True])
+def test_logistic_against_sklearn(pixels):
+    data = make_data(80, 60, hard=True)
+    net = nn.Flatten() if pixels else Net()                                       # 192 numbers for 80 images, or 6
+    net.size = 8
+    x, u = (extract(net, s)[0] for s in (data.train, data.test))
+    for wd in (10., 1000.) if pixels else (.1, 10.):                              # weakly penalised pixels end anywhere within the tolerance
+        r = logistic(net, data, wds=[wd], max_iter=2000, baselines=False)
+        want = plain_logistic(x, data.train.labels, u, wd) == data.test.labels
+        assert (r.per_image().bool() == want).float().mean() >= .98 and r.chosen['converged'] and 'validation' not in r.chosen
+        assert r.value == pytest.approx(want.float().mean().item(), abs=.04)
+
+def test_logistic_chooses_on_held_out_train_images():
+    data, net, wds = make_data(80, 60, hard=True), Net(), [1e-3, 1e-2, .1, 1., 10., 1e4]
+    x, y = extract(net, data.train)
+    tr, va = validation_split(y, .2, 7)
+    scores = {wd: (plain_logistic(x[tr], y[tr], x[va], wd) == y[va]).float().mean().item() for wd in wds}
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        r = logistic(net, data, wds=wds, seed=7, max_iter=2000)
+        official = logistic(net, data, wds=wds, validation=va, max_iter=2000, baselines=False)
+    assert r.chosen['validation'] == pytest.approx(max(scores.values()), abs=1/len(va) + 1e-6)
+    assert r.chosen['wd'] == official.chosen['wd'] and official.value == r.value and official.settings['validation'] == f'{len(va)} images'
+    assert set(r.baselines) == {'raw pixels', 'random encoder'} and r.settings['wds'] == '6 from 0.001 to 10000'
+    double = TensorImages(torch.cat([data.test.images[:4], data.train.images]), torch.cat([data.test.labels[:4], y]), data.classes)
+    with warnings.catch_warnings():                                               # numbers of an official split hold when copies are left out
+        warnings.simplefilter('ignore')
+        again = logistic(net, ImageData(double, data.test), wds=wds, validation=va + 4, max_iter=2000, baselines=False, overlap='drop')
+    assert (again.value, again.chosen) == (official.value, official.chosen)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore'); assert logistic(net, data, wds=wds, seed=7, max_iter=2000).value == r.value
+
+def test_an_end_of_the_grid_is_a_warning():
+    data = make_data(noise=10)
+    with pytest.warns(UserWarning, match='end of the grid'): r = logistic(Net(), data, wds=[1e-2, 1.], baselines=False)
+    assert r.chosen['wd'] == 1. and r.value == 1.                                 # both perfect: the strongest is kept
+
+def test_mean_per_class_and_classes_that_train_lacks():
+    train, test = make_images(60, 2, seed=1, noise=10), make_images(40, y=[0]*20 + [1]*10 + [2]*10, seed=2, noise=10)
+    data = ImageData(train, test, 'lacking')
+    a, b = (logistic(Net(), data, metric=m, wds=[.1], baselines=False) for m in ('top-1', 'mean per class'))
+    assert a.value == pytest.approx(30/40) and b.value == pytest.approx(2/3) and b.each == '' and b.chance == pytest.approx(1/3) and a.chance == .5
+    assert linear_probe(Net(), data, lr=1., epochs=30, views=1, baselines=False).value <= .75
+    assert transfer_sets['flowers'] == 'mean per class' and transfer_sets['voc2007'] == '11-point mAP' and len(transfer_sets) == 11
+    assert sorted(k for k, v in transfer_sets.items() if v == 'mean per class') == ['aircraft', 'caltech101', 'flowers', 'pets']
+
+def several_labels(data, seed=0):
+    "Targets of unlabelled images: the class, at times a second one, at times -1."
+    out = []
+    for s in (data.train, data.test):
+        t = F.one_hot(s.labels, 3); extra = torch.rand(t.shape, generator=gen(seed))
+        t = torch.where((t == 0) & (extra > .9), -1, t)
+        out.append(t)
+    return ImageData(TensorImages(data.train.images), TensorImages(data.test.images), 'several'), tuple(out)
+
+def test_logistic_with_targets():
+    data, targets = several_labels(make_data(80, 60, hard=True))
+    net = Net()
+    r = logistic(net, data, targets=targets, wds=[1.], max_iter=2000)
+    x, u = (extract(net, s)[0].double().numpy() for s in (data.train, data.test))
+    from sklearn.linear_model import LogisticRegression
+    aps = []
+    for c in range(3):
+        use = (targets[0][:, c] >= 0).numpy()
+        m = LogisticRegression(C=1., max_iter=5000).fit(x[use], targets[0][use, c])
+        aps.append(loop_ap(torch.from_numpy(m.decision_function(u)), targets[1][:, c], '11-point'))
+    assert r.metric == '11-point mAP' and r.value == pytest.approx(np.mean(aps), abs=.01) and r.n_classes == 3
+    assert logistic(net, data, targets=targets, metric='area mAP', wds=[1.], baselines=False).metric == 'area mAP'
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore'); assert 'validation' in logistic(net, data, targets=targets, wds=[.1, 1., 10.], baselines=False).chosen
+
+def test_logistic_errors():
+    data, net = make_data(), Net()
+    for match, kw in (('metric', dict(metric='11-point mAP')), ('wds', dict(wds=[])), ('wds', dict(wds=[-1.])), ('validation', dict(validation=0.)), ('validation', dict(validation=torch.tensor([60]))), ('not of all', dict(validation=torch.arange(60))),
+                      ('max_iter', dict(max_iter=0)), ('targets', dict(targets=(torch.ones(3, 2), torch.ones(30, 2)))), ('targets', dict(targets=torch.ones(60, 2)))):
+        with pytest.raises(ValueError, match=match): logistic(net, data, **kw)
+    with pytest.raises(ValueError, match='metric'): logistic(net, data, targets=(torch.ones(60, 2), torch.ones(30, 2)), metric='top-1')
+    few = ImageData(make_images(3), data.test)
+    with pytest.raises(ValueError, match='too few images'): logistic(net, few)
+
+# ---------------------------------------------------------------- SVM
+def plain_svm(x, y, u, v, C=.5):
+    from sklearn.svm import LinearSVC
+    x, u = (t.numpy() / np.linalg.norm(t.numpy(), axis=1, keepdims=True) for t in (x.double(), u.double()))
+    aps = []
+    for c in range(3):
+        m = LinearSVC(C=C, class_weight={1: 2, -1: 1}, loss='squared_hinge', dual=True, tol=1e-6, max_iter=50000).fit(x, np.where(y == c, 1, -1))
+        aps.append(loop_ap(torch.from_numpy(m.decision_function(u)), (v == c).long(), 'interpolated'))
+    return np.mean(aps)
+
+def test_svm_against_sklearn():
+    data, net = make_data(80, 60, hard=True), Net()
+    r = svm(net, data)
+    (x, y), (u, v) = extract(net, data.train), extract(net, data.test)
+    assert r.value == pytest.approx(plain_svm(x, y, u, v), abs=.01)
+    assert r.chance == pytest.approx(1/3) and r.metric == 'interpolated mAP' and r.chosen == {} and set(r.baselines) == {'raw pixels', 'random encoder'}
+    assert svm(net, data).value == r.value
+    targets = tuple(F.one_hot(s.labels, 3) for s in (data.train, data.test))
+    assert svm(net, data, targets, baselines=False).value == r.value              # labels are targets, one class against the rest
+
+def test_svm_chooses_C():
+    data, net = make_data(60, 30, hard=True), Net()
+    x, y = extract(net, data.train)
+    x = F.normalize(x.double(), dim=1)
+    r = svm(net, data, C=(.01, 1., 5.), baselines=False)
+    assert r.chosen['C'] == [choose_C(x, (y == c).long(), (5., .01, 1.), 0) for c in range(3)] and set(r.chosen['C']) <= {.01, 1., 5.}
+    from sklearn.metrics import average_precision_score
+    from sklearn.model_selection import StratifiedKFold
+    t, found = (y == 0).long(), {}
+    for C in (.01, 1., 5.):
+        aps = []
+        for i, j in StratifiedKFold(3, shuffle=True, random_state=0).split(x, t):
+            m = fit_svm(x[i], t[i], C); aps.append(average_precision_score(t[j], m.decision_function(x[j].numpy())))
+        found[C] = np.mean(aps)
+    assert found[r.chosen['C'][0]] == pytest.approx(max(found.values()))
+
+def test_draw_shots():
+    t = (rand(200, 5) > .8).long(); t[::9, 2] = -1
+    for k in (1, 3):
+        own, shared = draw_shots(t, k, 1, 'own'), draw_shots(t, k, 1)
+        for c, (a, b) in enumerate(zip(own, shared)):
+            assert (t[a, c] == 1).sum() == k and (t[a, c] == 0).sum() == 4*k and len(a.unique()) == len(a)
+            assert (t[b, c] >= 0).all() and (t[b, c] == 1).sum() >= k and len(b) <= 5*k
+        assert any(len(b) == 5*k for b in shared) and not all(torch.equal(a, b) for a, b in zip(own, draw_shots(t, k, 2, 'own')))
+        assert all(torch.equal(a, b) for a, b in zip(shared, draw_shots(t, k, 1)))
+    with pytest.raises(ValueError, match='class'): draw_shots(t, 199)
+    with pytest.raises(ValueError, match='negatives'): draw_shots(t, 1, negatives='all')
+
+def test_low_shot():
+    data, net = make_data(90, 60, hard=True), Net()
+    r = svm(net, data, shots=2, draws=4)
+    assert len(r.chosen['draws']) == 4 and np.mean(r.chosen['draws']) == pytest.approx(r.value) and len(set(r.chosen['draws'])) > 1
+    assert svm(net, data, shots=2, draws=4, baselines=False).value == r.value != svm(net, data, shots=2, draws=4, seed=1, baselines=False).value
+    assert svm(net, data, shots=2, draws=4, negatives='own', baselines=False).settings['negatives'] == 'own'
+    x, y = extract(net, data.train); u, v = extract(net, data.test)
+    i = draw_shots(F.one_hot(y), 2, 0)[0]                                         # of single labels all classes share one set
+    assert svm(net, data, shots=2, draws=1, baselines=False).value == pytest.approx(plain_svm(x[i], y[i], u, v), abs=.02)
+    assert svm(net, data, shots=30, draws=1, baselines=False).value == pytest.approx(svm(net, data, baselines=False).value, abs=1e-3)
+
+def test_svm_ignores_what_does_not_count():
+    data, targets = several_labels(make_data(80, 60, hard=True))
+    net, r = Net(), None
+    r = svm(net, data, targets, baselines=False)
+    x, u = (F.normalize(extract(net, s)[0].double(), dim=1) for s in (data.train, data.test))
+    aps = [loop_ap(torch.from_numpy(fit_svm(x[use], y[use]).decision_function(u.numpy())), v, 'interpolated') for y, v in zip(targets[0].T, targets[1].T) for use in [y >= 0]]
+    assert r.value == pytest.approx(np.mean(aps))
+    lack = targets[0].clone(); lack[:, 0] = 0                                     # class 0 cannot be learned: chance for it
+    aps[0] = ((targets[1][:, 0] == 1).sum() / (targets[1][:, 0] >= 0).sum()).item()
+    assert svm(net, data, (lack, targets[1]), baselines=False).value == pytest.approx(np.mean(aps))
+
+def test_unlabelled_images_do_not_count():
+    data, net = make_data(), Net()
+    more = ImageData(TensorImages(torch.cat([data.train.images, make_images(9, seed=5).images]), torch.cat([data.train.labels, torch.full((9,), -1)]), data.classes), data.test)
+    assert svm(net, more, baselines=False).value == svm(net, data, baselines=False).value
+    for f in (logistic, retrieval): assert f(net, more, **({'wds': [1.]} if f is logistic else {'k': (1,)}), baselines=False).value == f(net, data, **({'wds': [1.]} if f is logistic else {'k': (1,)}), baselines=False).value
+
+def test_svm_errors():
+    data, net = make_data(), Net()
+    for match, kw in (('C=0', dict(C=0)), ('C=', dict(C=())), ('kind', dict(kind='mean')), ('draws', dict(shots=1, draws=0)), ('shots', dict(shots=0)), ("shots=21: class 'c0' has only 20", dict(shots=21)),
+                      ('cannot be chosen', dict(shots=2, C=(1., 2.))), ('negatives', dict(shots=1, negatives='no')), ('targets', dict(targets=torch.ones(60, 2)))):
+        with pytest.raises(ValueError, match=match): svm(net, data, **kw)
+    few = ImageData(make_images(62, y=[0]*30 + [1]*30 + [2]*2, seed=1), data.test)
+    with pytest.raises(ValueError, match='has only 2 positive'): svm(net, few, C=(1., 2.))
+    assert counts.get(id(net), 0) == 0
+
+@pytest.mark.parametrize('f', [svm, logistic])
+def test_without_scikit_learn(f, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'sklearn', None)
+    with pytest.raises(ImportError, match=r'ssl_patch\[eval\]'): f(Net(), make_data())
+
+# ---------------------------------------------------------------- VOC
+def write_voc(folder, splits, tables=False, year='2007'):
+    "splits: name -> list of [(class, difficult), ...] per image."
+    from PIL import Image
+    root, n = Path(folder)/'VOCdevkit'/f'VOC{year}', 0
+    for part in ('JPEGImages', 'Annotations', 'ImageSets/Main'): (root/part).mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
+        names = []
+        for objects in rows:
+            names.append(f'{n:06d}'); n += 1
+            shade = torch.randint(256, (10 + n % 3, 12, 3), generator=gen(n), dtype=torch.uint8).numpy()
+            Image.fromarray(shade).save(root/'JPEGImages'/f'{names[-1]}.jpg')
+            text = ''.join(f'<object><name>{c}</name><pose>Left</pose><difficult>{int(d)}</difficult></object>' for c, d in objects)
+            (root/'Annotations'/f'{names[-1]}.xml').write_text(f'<annotation>{text}</annotation>')
+        (root/'ImageSets'/'Main'/f'{split}.txt').write_text('\n'.join(names) + '\n')
+        for c in voc_classes if tables else ():
+            said = {n: [d for k, d in objects if k == c] for n, objects in zip(names, rows)}
+            (root/'ImageSets'/'Main'/f'{c}_{split}.txt').write_text('\n'.join(f'{n} {-1 if not d else 0 if all(d) else 1:2d}' for n, d in said.items()) + '\n')
+    return root
+
+ROWS = dict(trainval=[[('cat', 0)], [('cat', 1)], [('cat', 1), ('cat', 0), ('dog', 0)], [('dog', 1)], [('zebra', 0)], [('dog', 0), ('cat', 0)]] * 4, test=[[('cat', 0)], [('dog', 0)], [('cat', 1), ('dog', 1)]] * 3)
+
+@pytest.mark.parametrize('tables', [False, True])
+def test_voc_targets(tmp_path, tables):
+    root = write_voc(tmp_path, ROWS, tables)
+    if tables: (root/'Annotations'/'000000.xml').unlink()                          # not needed then
+    data, (y, v) = voc07(tmp_path)
+    cat, dog = voc_classes.index('cat'), voc_classes.index('dog')
+    assert y[:6, [cat, dog]].tolist() == [[1, 0], [-1, 0], [1, 1], [0, -1], [0, 0], [1, 1]] and v[:3, [cat, dog]].tolist() == [[1, 0], [0, 1], [-1, -1]]
+    assert y.shape == (24, 20) and v.shape == (9, 20) and y.abs().sum(0).nonzero().flatten().tolist() == [cat, dog]
+    assert data.classes == voc_classes and len(data.train) == 24 and data.train[2].shape == (3, 10, 12) and data.train.labels is None
+    for place in (tmp_path, tmp_path/'VOCdevkit', root): assert torch.equal(voc07(str(place))[1][0], y)
+    assert voc07(tmp_path, difficult=0)[1][0].min() == 0 and 'do not count' in data.note
+    assert data.train.names[:2] == ['000000.jpg', '000001.jpg']
+
+def test_voc_through_svm_and_logistic(tmp_path):
+    write_voc(tmp_path, ROWS)
+    data, targets = voc07(tmp_path)
+    r = svm(Net(), data, targets)
+    assert r.n_classes == 20 and r.n_train == 24 and r.data == 'VOC2007' and r.metric == 'interpolated mAP' and 0 < r.value <= 1
+    assert r.note.startswith('20 classes') and set(r.baselines) == {'raw pixels', 'random encoder'}
+    assert logistic(Net(), data, targets=targets, wds=[1.], baselines=False).metric == '11-point mAP'
+    with pytest.raises(ValueError, match="shots=1: class 'aeroplane' has only 0"): svm(Net(), data, targets, shots=1)
+
+def test_voc_errors(tmp_path):
+    root = write_voc(tmp_path, ROWS)
+    with pytest.raises(FileNotFoundError, match='no ImageSets'): voc07(tmp_path, year='2012')
+    with pytest.raises(FileNotFoundError, match="split 'val'"): voc07(tmp_path, test='val')
+    with pytest.raises(ValueError, match='difficult=1'): voc07(tmp_path, difficult=1)
+    (root/'ImageSets'/'Main'/'empty.txt').write_text('\n')
+    with pytest.raises(ValueError, match='empty'): voc07(tmp_path, test='empty')
+    (root/'Annotations'/'000003.xml').unlink()
+    with pytest.raises(FileNotFoundError, match='000003.xml'): voc07(tmp_path)
+    (root/'JPEGImages'/'000004.jpg').unlink()
+    with pytest.raises(FileNotFoundError, match='000004.jpg'): voc07(tmp_path)
+
+def test_voc_tables_that_lack_an_image(tmp_path):
+    root = write_voc(tmp_path, ROWS, tables=True)
+    f = root/'ImageSets'/'Main'/'cow_test.txt'
+    f.write_text('\n'.join(f.read_text().splitlines()[1:]))
+    with pytest.raises(ValueError, match="'000024'"): voc07(tmp_path)
+
+# ---------------------------------------------------------------- retrieval
+def loop_retrieval(q, g, y, labels, k, own):
+    "R@k and AP of every query, one at a time."
+    hit, ap = [], []
+    for i in range(len(q)):
+        order = sorted((j for j in range(len(g)) if not (own and j == i)), key=lambda j: -float(F.cosine_similarity(q[i].double(), g[j].double(), 0)))
+        same = [bool(labels[j] == y[i]) for j in order]
+        hit.append([any(same[:n]) for n in k])
+        ap.append(np.mean([sum(same[:n + 1]) / (n + 1) for n in range(len(same)) if same[n]]) if any(same) else 0.)
+    return torch.tensor(hit), torch.tensor(ap)
+
+@pytest.mark.parametrize('own', [False, True])
+def test_retrieval_against_a_loop(own):
+    q, g = rand(25, 4) * 3, rand(25 if own else 40, 4, seed=1)
+    g = q if own else g
+    y, labels = torch.arange(25) % 6, torch.arange(len(g)) % (6 if own else 5)    # class 5 is not in the other gallery
+    hit, ap = loop_retrieval(q, g, y, labels, (1, 3, 10), own)
+    assert torch.equal(recall_at(q, g, y, labels, (1, 3, 10), own), hit)
+    for numbers in (1, 100, 2**24): assert torch.allclose(ranking_precision(q, g, y, labels, own, numbers=numbers).double(), ap, atol=1e-6)
+    assert own or ap[y == 5].eq(0).all()
+
+def test_copies_do_not_hide_the_query():
+    x, y = torch.ones(5, 3), torch.tensor([0, 0, 1, 1, 2])                        # all alike: the query itself may not be among the nearest
+    found = recall_at(x, x, y, y, (1, 4), own=True)
+    assert found[:, 1].tolist() == [True]*4 + [False] and not found[4].any()
+
+@pytest.mark.parametrize('own', [False, True])
+def test_retrieval_chance(own):
+    y = torch.tensor([0, 0, 1, 1, 1, 2, 3]); labels = y if own else torch.tensor([0, 0, 0, 1, 1, 4])
+    n = len(labels) - own
+    hits, aps = {k: [] for k in (1, 2, 4)}, []
+    for i in range(len(y)):
+        rest = torch.cat([labels[:i], labels[i+1:]]) if own else labels
+        same = torch.stack([rest[list(p)] for p in permutations(range(n))]) == y[i]
+        for k in hits: hits[k].append(same[:, :k].any(1).float().mean().item())
+        aps.append(((same.cumsum(1) / torch.arange(1, n + 1) * same).sum(1) / same.sum(1).clamp_min(1)).mean().item())
+    for k in hits: assert retrieval_chance(y, labels, k, own) == pytest.approx(np.mean(hits[k]), abs=1e-6)
+    assert retrieval_chance(y, labels, None, own) == pytest.approx(np.mean(aps), abs=1e-6)
+
+def test_retrieval_record():
+    data, net = make_data(60, 30, hard=True), Net()
+    r, m = retrieval(net, data, k=(5, 1)), retrieval(net, data, k=(1, 5), metric='mAP')
+    assert r.settings['k'] == [1, 5] and set(r.chosen) == {'R@5'} and m.chosen == {'R@1': r.value, **r.chosen} and r.value <= r.chosen['R@5']
+    assert r.per_image().shape == m.per_image().shape == (30,) and m.per_image().mean() == pytest.approx(m.value, abs=1e-3)
+    assert r.value == pytest.approx(knn(net, data, k=1, baselines=False).value) and r.chance == pytest.approx(1/3) and set(m.baselines) == {'raw pixels', 'random encoder'}
+    own = retrieval(net, data, k=(1,), gallery='test')
+    assert own.settings['gallery'] == 'test' and own.chance == pytest.approx(9/29)
+    assert retrieval(net, data, k=3, metric='R@3', baselines=False).settings['k'] == [3]
+    for match, kw in (('k=61', dict(k=(1, 61))), ('only 29', dict(k=(1, 30), gallery='test')), ('gallery', dict(gallery='val')), ('metric', dict(metric='R@2')), ('k=0', dict(k=(0, 1))), ('k:', dict(k=()))):
+        with pytest.raises(ValueError, match=match): retrieval(net, data, **kw)
+
+# ---------------------------------------------------------------- all of them
+@pytest.mark.parametrize('protocol', [lambda *a, **kw: linear_probe(*a, **quick, **kw), logistic, svm, retrieval])
+def test_errors_of_data(protocol):
+    data, net = make_data(), Net()
+    for match, bad in (('no labels', ImageData(TensorImages(data.train.images), data.test)), ('no labels', ImageData(data.train, TensorImages(data.test.images))),
+                       ('one class', ImageData(make_images(20, 1), data.test)), ('no test split', ImageData(data.train, None))):
+        with pytest.raises(ValueError, match=match): protocol(net, bad)
+    with pytest.raises(ValueError, match='layer'): protocol(net, data, layer='head')
+    assert counts.get(id(net), 0) == 0
+
+@pytest.mark.parametrize('kind', [vit, resnet])
+def test_towers_of_ours_with_both_layers(kind):
+    data, net = make_data(45, 30, size=16), (vit('tiny', size=16, patch=4, width=32, depth=2, heads=2) if kind is vit else resnet('resnet18', 16, width=4)).fresh(0)
+    for layer in ('image', 'patch_mean'):
+        for f, kw in ((linear_probe, dict(views=1, **quick)), (logistic, dict(wds=[1.])), (svm, {}), (retrieval, dict(k=(1, 5)))):
+            r = f(net, data, layer=layer, **kw)
+            assert r.layer == layer and 0 <= r.value <= 1 and len(r.baselines) == 2
+
+# ---------------------------------------------------------------- real images
+CIFAR = Path(os.environ.get('SSL_PATCH_DATA', '/nowhere'))/'cifar10.npz'
+
+@pytest.mark.skipif(not CIFAR.is_file(), reason='needs SSL_PATCH_DATA/cifar10.npz')
+def test_cifar10_against_scikit_learn():
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    data = images(str(CIFAR)).sample(2000, 500)
+    net = vit('tiny', size=32, patch=4, width=64, depth=2, heads=2).fresh(0).set_stats(data.mean, data.std)
+    (x, y), (u, v) = ((z.double().numpy(), y.numpy()) for z, y in (extract(net, s) for s in (data.train, data.test)))
+    for how in knn_settings.values():
+        sk = KNeighborsClassifier(how['k'], weights=lambda d: np.exp((1 - d) / how['T']), metric='cosine', algorithm='brute').fit(x, y)
+        assert knn(net, data, baselines=False, overlap='keep', **how).value == pytest.approx((sk.predict(u) == v).mean(), abs=.004)
+    for wd in (1e-2, 1., 100.):
+        sk = LogisticRegression(C=1/wd, max_iter=3000).fit(x - x.mean(0), y)
+        ours = logistic(net, data, wds=[wd], max_iter=3000, baselines=False, overlap='keep')
+        assert ours.value == pytest.approx((sk.predict(u - x.mean(0)) == v).mean(), abs=.006) and .2 < ours.value < .6

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['measures', 'encoder_from_words', 'parse_options', 'Pretrain', 'load_data', 'saved', 'protocol_settings',
-           'tower_encoder', 'Probe', 'Compare', 'lively', 'patch_figures', 'Show', 'Info', 'Demo', 'clear_demo', 'main']
+           'tower_encoder', 'usual_name', 'Probe', 'Compare', 'lively', 'patch_figures', 'Show', 'Info', 'Demo',
+           'clear_demo', 'main']
 
-# %% ../nbs/16_cli.ipynb #a6212a8a
-import ast, json, shutil, sys
+# %% ../nbs/16_cli.ipynb #13664d57
+import ast, json, re, shutil, sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 import numpy as np
@@ -23,7 +24,7 @@ from .patches import dense_match, show_matches, show_pairs, show_patches, true_m
 from .peers import open_encoder
 from .probes import architecture, knn, linear, load_records, neighbours, show_tokens, table
 from .protocols import linear_probe, logistic, retrieval, svm
-from .results import compare
+from .results import compare, name_and_seed
 from .terms import match_term, repco_term
 from .training import Pretrainer, usable
 from .views import generator_for, make_view, show_views
@@ -161,6 +162,13 @@ def tower_encoder(run, tower:str='online'): # a run folder; 'online' or 'target'
     if file.is_file(): encoder.trained_on = torch.from_numpy(np.load(file, allow_pickle=False))
     return encoder
 
+# %% ../nbs/16_cli.ipynb #4777b5b1
+def usual_name(encoder, run=None) -> str: # an encoder, and the folder of its run or None
+    "METHOD of a folder METHOD_seedN; else method and tower, or the architecture."
+    if run and re.search(r'._seed\d+$', Path(run).name): return name_and_seed(run)[0]
+    card = getattr(encoder, 'card', {})
+    return f"{card['method']}, {encoder.tower} encoder" if 'method' in card else architecture(encoder)
+
 # %% ../nbs/16_cli.ipynb #9f0e5597
 @dataclass
 class Probe:
@@ -180,9 +188,9 @@ class Probe:
     baselines: bool = True # also raw pixels and random weights
     cache: str|None = None # folder where features are kept for the next time
     out: str|None = None # folder for the records; by default that of the run
-    name: str|None = None # row of the encoder in tables; by default what it is
+    name: str|None = None # row of the encoder in tables; by default METHOD of a run folder METHOD_seedN, else what it is
     device: str|None = None # 'cuda' or 'cpu'; by default a GPU where there is one
-    seed: int = 0 # of what is trained, and of the random network
+    seed: int|None = None # of what is trained, and of the random network; by default that of the run, or 0
 
     def open(self, run, loaded:dict) -> tuple: # a run folder or None, data that were loaded already -> (encoder, ImageData)
         "What is measured, and on what."
@@ -197,9 +205,9 @@ class Probe:
     def one(self, run, settings, loaded) -> list: # records
         "A record per protocol, of one encoder."
         enc, data = self.open(run, loaded)
-        name = self.name or (f'{enc.card["method"]}, {enc.tower} encoder' if 'method' in getattr(enc, 'card', {}) else architecture(enc))
+        name, seed = self.name or usual_name(enc, run), self.seed if self.seed is not None else saved(run).seed if run else 0
         resize, out = self.resize or getattr(enc, 'resize', None), self.out or run
-        own = dict(name=name, seed=self.seed, baselines=self.baselines, overlap=self.overlap, out=out) | (dict(resize=resize) if resize else {})
+        own = dict(name=name, seed=seed, baselines=self.baselines, overlap=self.overlap, out=out) | (dict(resize=resize) if resize else {})
         cached = lambda p: {} if p in ('finetune', 'semi_supervised') or not self.cache else dict(cache=self.cache)
         return [measures[p](enc, data, **own | cached(p) | settings[p]) for p in self.protocols]
 

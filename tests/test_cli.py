@@ -110,7 +110,7 @@ def test_folder_that_cannot_be_written(folder, capsys):
     assert 'cannot write' in capsys.readouterr().err
 
 @pytest.mark.parametrize('words, word', [(('info', 'nowhere'), 'not a run folder'), (('probe', 'nowhere'), 'no encoder file'), (('show', 'nowhere'), 'not a run folder'),
-                                         (('probe',), 'give a run folder'), (('probe', '--encoder', 'x'), '--data')])
+                                         (('probe',), 'give run folders'), (('probe', '--encoder', 'x'), '--data')])
 def test_folders_that_are_not_runs(tmp_path, capsys, monkeypatch, words, word):
     monkeypatch.chdir(tmp_path)
     assert run(*words) == 2 and word in capsys.readouterr().err
@@ -121,7 +121,7 @@ def test_unknown_option_is_refused(capsys):
 def test_help(capsys):
     assert run('--help') == 0
     text = capsys.readouterr().out
-    assert all(c in text for c in ('pretrain', 'probe', 'show', 'info', 'demo'))
+    assert all(c in text for c in ('pretrain', 'probe', 'compare', 'show', 'info', 'demo'))
     assert run('pretrain', '--help') == 0 and 'side of the views, pixels' in capsys.readouterr().out
 
 def test_resume_refuses_another_method(folder, capsys):
@@ -135,3 +135,55 @@ def test_resume_refuses_another_method(folder, capsys):
 def test_options_of_a_method_are_named(folder, capsys):
     assert run('pretrain', '--data', folder/'pics', '--out', folder/'run', '--size', 16, '--method', 'sce', '--encoder', 'resnet18', '--width', 8, '--options', 'tau_t=.1') == 2
     assert 'setting, lam, tau, tau_m' in capsys.readouterr().err
+
+TINY = '--encoder vit_tiny --patch 8 --width 32 --depth 1 --heads 2 --epochs 1 --options hidden=32 out=16 --progress quiet'.split()
+
+def test_probe_of_both_towers_by_several_protocols_and_compare(tmp_path, capsys):
+    for seed in (0, 1): assert run('pretrain', '--out', tmp_path/f'mine_seed{seed}', '--method', 'moco_v3', '--seed', seed, '--subset', 200, *TINY) == 0
+    runs = [tmp_path/f'mine_seed{s}' for s in (0, 1)]
+    few = ['--protocols', 'knn', 'retrieval', '--settings', 'knn.k=5', 'retrieval.metric=mAP', '--cache', tmp_path/'features']
+    assert run('probe', *runs, *few) == 0
+    assert run('probe', *runs, '--tower', 'target', '--no-baselines', *few) == 0
+    records = [json.loads(l) for f in runs for l in open(f/'records.jsonl')]
+    assert [(r['protocol'], r['tower'], r['seed']) for r in records] == [(p, t, s) for s in (0, 1) for t in ('online', 'target') for p in ('kNN', 'retrieval')]
+    assert {r['encoder'] for r in records} == {'mine'} and {r['settings'].get('k') for r in records if r['protocol'] == 'kNN'} == {5}
+    capsys.readouterr()
+    assert run('compare', tmp_path, '--out', tmp_path/'c') == 0
+    text = capsys.readouterr().out
+    assert 'online' in text and 'target' in text and '±' in text
+    assert {f.name for f in (tmp_path/'c').iterdir()} == {'comparison.md', 'comparison.csv', 'comparison.png'}
+    assert run('compare', tmp_path/'nowhere') == 2
+
+def test_somebody_elses_encoder(tmp_path, capsys):
+    import torchvision
+    words = ['--data', 'photos', '--subset', 60, '--size', 32, '--protocols', 'knn', '--settings', 'knn.k=3', '--no-baselines', '--out', tmp_path/'r']
+    assert run('probe', '--encoder', 'torchvision/resnet18', '--random', *words) == 0
+    net = torchvision.models.resnet18()
+    torch.save(dict(state_dict={f'module.encoder_q.{k}': v for k, v in net.state_dict().items() if not k.startswith('fc')}), tmp_path/'moco.pth.tar')
+    assert run('probe', '--encoder', tmp_path/'moco.pth.tar', '--arch', 'torchvision/resnet18', *words) == 0
+    assert run('probe', '--encoder', tmp_path/'moco.pth.tar', '--arch', 'torchvision/resnet34', *words) == 2
+    assert len((tmp_path/'r'/'records.jsonl').read_text().splitlines()) == 2
+    assert run('compare', tmp_path/'r') == 0
+
+@pytest.mark.parametrize('words, word', [(('--protocols', 'kNN'), 'there are'), (('--settings', 'svm.C=1'), 'PROTOCOL.NAME=VALUE'), (('--settings', 'knn.K=1'), "'K'"),
+                                         (('--tower', 'mean'), 'online'), (('--tower', 'target'), 'no target tower'), (('--overlap', 'maybe'), 'refuse')])
+def test_wrong_words_for_probe(tmp_path, capsys, words, word):
+    assert run('pretrain', '--out', tmp_path/'r', '--subset', 200, *TINY) == 0
+    capsys.readouterr()
+    assert run('probe', tmp_path/'r', *words) == 2 and word in capsys.readouterr().err
+    assert not (tmp_path/'r'/'records.jsonl').exists()
+
+def test_a_leak_is_refused_in_pretraining_and_in_probing(tmp_path, capsys):
+    import shutil
+    g = torch.Generator().manual_seed(0)
+    for part, n in (('train', 12), ('test', 6)):
+        for c in ('cats', 'dogs'):
+            (tmp_path/'pics'/part/c).mkdir(parents=True)
+            for i in range(n): Image.fromarray(torch.randint(0, 256, (20, 20, 3), generator=g, dtype=torch.uint8).numpy()).save(tmp_path/'pics'/part/c/f'{i}.png')
+    assert pretrain(tmp_path, out='clean') == 0
+    shutil.copy(tmp_path/'pics'/'train'/'cats'/'0.png', tmp_path/'pics'/'test'/'cats'/'planted.png')
+    assert pretrain(tmp_path) == 2 and '1 of 13 test images are in the train split too' in capsys.readouterr().err
+    assert pretrain(tmp_path, '--overlap', 'drop', out='dropped') == 0
+    assert run('probe', tmp_path/'clean', '--settings', 'knn.k=3', '--overlap', 'drop') == 2 # its training images hold the planted one
+    assert 'pretrained on 1 of 13 test images' in capsys.readouterr().err
+    assert run('probe', tmp_path/'dropped', '--settings', 'knn.k=3') == 2 and run('probe', tmp_path/'dropped', '--settings', 'knn.k=3', '--overlap', 'drop') == 0

@@ -7,9 +7,10 @@
 Memory is the peak that a process of its own reaches above what it held with the features alone.
 """
 import argparse, json, os, resource, statistics, subprocess, sys, time
+from pathlib import Path
 import torch
 import torch.nn.functional as F
-from ssl_patch.probes import topk_similar
+from ssl_patch.probes import hardware, topk_similar
 
 def features(a):
     g = torch.Generator().manual_seed(0)
@@ -46,6 +47,7 @@ def main():
     p.add_argument('--k', type=int, default=20)
     p.add_argument('--rounds', type=int, default=3)
     p.add_argument('--threads', type=int, default=os.cpu_count())
+    p.add_argument('--json', type=Path, help='also write the figures into this file')
     p.add_argument('--only', choices=ways, help=argparse.SUPPRESS)
     p.add_argument('--check', action='store_true', help=argparse.SUPPRESS)
     a = p.parse_args()
@@ -60,9 +62,13 @@ def main():
     for _ in range(a.rounds):
         for w in ways: found[w].append(run(w))
     print(f'{a.queries:,} queries, bank of {a.bank:,}, {a.dim} numbers, k={a.k}, {a.threads} threads, {a.rounds} rounds in turn')
+    rows = {}
     for w, rs in found.items():
         s, ratio = [r['seconds'] for r in rs], [r['seconds']/o['seconds'] for r, o in zip(rs, found['topk_similar'])]
-        print(f"  {w:13} {statistics.median(s):6.1f} s ({min(s):.1f} to {max(s):.1f})   {statistics.median(ratio):4.1f} x topk_similar   peak +{max(r['mib'] for r in rs):,.0f} MiB   "
-              f"{100*run(w, True)['same']:.2f} % of the neighbours as in double precision")
+        rows[w] = dict(seconds=s, ratio=statistics.median(ratio), mib=max(r['mib'] for r in rs), same=run(w, True)['same'])
+        print(f"  {w:13} {statistics.median(s):6.1f} s ({min(s):.1f} to {max(s):.1f})   {rows[w]['ratio']:4.1f} x topk_similar   peak +{rows[w]['mib']:,.0f} MiB   "
+              f"{100*rows[w]['same']:.2f} % of the neighbours as in double precision", flush=True)
+    settings = {k: getattr(a, k) for k in ('bank', 'queries', 'dim', 'k', 'threads', 'rounds')}
+    if a.json: a.json.write_text(json.dumps(dict(settings=settings, hardware=hardware('cpu'), ways=rows), indent=1))
 
 if __name__ == '__main__': main()

@@ -258,7 +258,7 @@ def show_augmented(store: Images, # with labels
                    n: int = 8, # images, spread over the store; an even number
                    seed: int = 0, # of all changes
                   ): # -> matplotlib Figure
-    "Step by step, what a recipe makes of a batch; below mixed images, their two largest targets. ValueError for an odd n."
+    "What each part of a recipe makes of a batch, erasing of every image; below mixed images, their two largest targets. ValueError for an odd n."
     if not (isinstance(n, int) and 2 <= n <= len(store.labelled()) and n % 2 == 0): raise ValueError(f'n={n!r}: expected an even number of images that the store has')
     store = store.labelled()
     store = store.subset([i*len(store)//n for i in range(n)])
@@ -266,7 +266,7 @@ def show_augmented(store: Images, # with labels
     changed = _Augmented(store, augmentation(recipe, size, half), seed, 0)
     x = torch.stack([changed[i][0] for i in range(n)])
     rows = [('as it is', torch.stack([fit(store[i], size) for i in range(n)]) / 255, None), ('changed', x / 255, None)]
-    for title, on, off in (('erased', recipe.erasing, dict(mixup=0., cutmix=0.)), ('mixup', recipe.mixup, dict(cutmix=0.)), ('CutMix', recipe.cutmix, dict(mixup=0.))):
+    for title, on, off in (('erased', recipe.erasing, dict(mixup=0., cutmix=0., erasing=1.)), ('mixup', recipe.mixup, dict(cutmix=0., erasing=0.)), ('CutMix', recipe.cutmix, dict(mixup=0., erasing=0.))):
         if not on: continue
         with seeded(seed, title): z, t = mixed(x, store.labels, len(names), replace(recipe, **off), half, half/2)
         rows.append((title, z, t if title != 'erased' else None))

@@ -437,6 +437,7 @@ def evaluate(score, # function (train_x, train_y, test_x, test_y, n_classes) -> 
              chance = None, # function (train_y, test_y, n_classes) -> fraction; None: the most common test class, or the share of 1 in targets
              overlap: str = 'refuse', # where test images are in train: 'refuse', 'drop' or 'keep'
              out = None, # run folder to which the record is added
+             whole: bool = False, # hand `score` two things more: the network that is measured, and the train images
              **extract_args, # batch_size, device, workers, size, resize, amp: as in `extract`; cache: a folder
             ) -> Record: # with its baselines
     "Score one protocol on an encoder and on its baselines. ValueError before any work if the data cannot be probed."
@@ -450,7 +451,7 @@ def evaluate(score, # function (train_x, train_y, test_x, test_y, n_classes) -> 
     classes = int(max(y.max(), v.max())) + 1 if targets is None else y.shape[1]
     def measure(enc, layer):
         x, u = (_remembered(data, enc, s, **dict(extract_args, layer=layer, size=size)) for s in (train, test))
-        s = score(x, y, u, v, classes)
+        s = score(x, y, u, v, classes, *((enc, train) if whole else ()))
         return s if isinstance(s, Score) else Score(float(s))
     found, beside, memory = measure(encoder, layer), {}, vars(data).setdefault('_baseline_values', {})
     for what, enc in _baseline_encoders(encoder, data, size, seed) if baselines else ():

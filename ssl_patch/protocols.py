@@ -11,7 +11,6 @@ __all__ = ['knn_settings', 'linear_recipes', 'transfer_sets', 'voc_classes', 'Li
 # %% ../nbs/08b_protocols.ipynb #9e44389e
 import copy
 import math
-import time
 import warnings
 import xml.etree.ElementTree as ET
 from contextlib import nullcontext
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from .data import ByteFiles, FileImages, ImageData, fit
-from .probes import (Record, Score, evaluate, frozen, hits, topk_similar, _baseline_encoders, _fingerprint, _labelled_splits, _no_leak,
+from .probes import (Record, Score, evaluate, frozen, hits, raw_pixels, topk_similar, _labelled_splits, _no_leak,
                               _one_thread, _pick, _place, _positive, _targeted_splits)
 from .views import Recipe, generator_for, make_view
 
@@ -150,25 +149,6 @@ def train_head(epoch, # function: number of an epoch -> batches of (features (b,
             opt.zero_grad(); F.cross_entropy(head(z), y[b.to(y.device)]).backward(); opt.step(); step += 1
     return head.requires_grad_(False)
 
-# %% ../nbs/08b_protocols.ipynb #ff70c682
-def _with_baselines(score_of, encoder, data, protocol, settings, layer, name, seed, baselines, out=None, **how):
-    "`evaluate`, for scores that need the encoder itself: `score_of(encoder, is it raw pixels?)` makes one."
-    began = time.time()
-    record = evaluate(score_of(encoder, False), encoder, data, protocol, settings, layer, name, seed, baselines=False, **how)
-    size, memory = record.settings['size'], vars(data).setdefault('_baseline_values', {})
-    for what, enc in _baseline_encoders(encoder, data, size, seed) if baselines else ():
-        raw = what == 'raw pixels'
-        matters = {k: how.get(k) for k in ('overlap', 'resize', 'amp')}
-        images = (t for s in (data.train, data.test) for t in (s.fingerprints(), s.labels))
-        key = _fingerprint(enc, protocol, repr([settings, layer, size, seed, matters]), *images)
-        if key not in memory:
-            of = 'image' if raw else layer
-            memory[key] = evaluate(score_of(enc, raw), enc, data, protocol, settings, of, None, seed, baselines=False, **how).value
-        record.baselines[what] = memory[key]
-    record.seconds = round(time.time() - began, 2)
-    if out: record.save(out)
-    return record
-
 # %% ../nbs/08b_protocols.ipynb #15df731c
 def _linear_settings(recipe, more):
     "(name, LinearRecipe, arguments that are no fields of it); ValueError for a name that is not known."
@@ -192,21 +172,17 @@ def linear_probe(encoder: nn.Module, # to be measured; frozen meanwhile, left as
     "Linear classification of augmented images by a frozen encoder; top-1 at the last epoch. ValueError before any work for what does not fit."
     called, recipe, more = _linear_settings(recipe, more)
     if views is not None: _positive(views=views)
-    (train, test), (size, _, device) = _labelled_splits(data, layer), _place(encoder, more.get('size'), more.get('device'))
-    use = _no_leak(train, test, encoder, more.get('overlap', 'refuse'), data.name)[0]
-    store = train if use is None else train.subset(use)
-    def score_of(net, raw):
-        net = net if _place(net, size, None)[1] == device else copy.deepcopy(net).to(device)
-        def score(x, y, u, v, classes):
-            length = x.square().sum(1).mean().sqrt().item() if raw else 1.
-            how = (layer if not raw else 'image', size, more.get('resize'), device, more.get('workers', 0), more.get('amp', False))
-            epochs = _feature_epochs(net, store, recipe, views, seed, *how)
-            with _one_thread(recipe.batch_size * x.shape[1] * classes) if views else nullcontext():
-                head = train_head(lambda e: ((z / length, b) for z, b in epochs(e)), y.to(device), x.shape[1], classes, recipe, seed)
-            return hits(head(u.to(device) / length).argmax(1), v)
-        return score
+    size, _, device = _place(encoder, more.get('size'), more.get('device'))
+    def score(x, y, u, v, classes, net, store):
+        raw, net = isinstance(net, raw_pixels), net if _place(net, size, None)[1] == device else copy.deepcopy(net).to(device)
+        length = x.square().sum(1).mean().sqrt().item() if raw else 1.
+        how = ('image' if raw else layer, size, more.get('resize'), device, more.get('workers', 0), more.get('amp', False))
+        epochs = _feature_epochs(net, store, recipe, views, seed, *how)
+        with _one_thread(recipe.batch_size * x.shape[1] * classes) if views else nullcontext():
+            head = train_head(lambda e: ((z / length, b) for z, b in epochs(e)), y.to(device), x.shape[1], classes, recipe, seed)
+        return hits(head(u.to(device) / length).argmax(1), v)
     settings = dict(recipe=called, views=views or 'fresh', **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()})
-    return _with_baselines(score_of, encoder, data, 'linear, augmented', settings, layer, name, seed, baselines, **more)
+    return evaluate(score, encoder, data, 'linear, augmented', settings, layer, name, seed, baselines, whole=True, **more)
 
 # %% ../nbs/08b_protocols.ipynb #0e08e3c3
 transfer_sets = {'food': 'top-1', 'cifar10': 'top-1', 'cifar100': 'top-1', 'sun397': 'top-1', 'cars': 'top-1', 'aircraft': 'mean per class',

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['photo_names', 'fit', 'decode', 'photo', 'show_images', 'Images', 'TensorImages', 'pixel_stats', 'ImageData',
-           'photo_regions', 'photo_crops', 'ByteFiles', 'BytePack', 'FileImages', 'copies', 'pack', 'data_root',
-           'images']
+           'photo_regions', 'photo_crops', 'ByteFiles', 'BytePack', 'FileImages', 'known', 'copies', 'affordable',
+           'pack', 'data_root', 'images']
 
 # %% ../nbs/01_data.ipynb #04c6fc43
 import copy
@@ -16,6 +16,7 @@ import io
 import os
 import struct
 import warnings
+import weakref
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -111,7 +112,7 @@ class Images:
                  encoded=None):          # the files that the images are from: ByteFiles, BytePack or None
         self.labels = None if labels is None else torch.as_tensor(labels).long()
         self.classes = None if classes is None else [str(c) for c in classes]
-        self.name, self._skipped, self.encoded, self._prints = name, list(skipped), encoded, None
+        self.name, self._skipped, self.encoded, self._prints = name, list(skipped), encoded, None # fingerprints, once they were made
 
     def __len__(self): raise NotImplementedError
     def __getitem__(self, i): raise NotImplementedError
@@ -123,6 +124,11 @@ class Images:
     def skipped(self) -> list:
         "(name, reason) of every image that could not be read."
         return list(self._skipped)
+    def __getstate__(self): return {**vars(self), '_prints': None}
+    def _with_prints(self, part, idx):
+        "`part`, images `idx` of this store, with what is known of its files."
+        if self._prints: part._prints = self._prints[0][idx], None, None
+        return part
     @property
     def names(self) -> list|None:
         "Name of every image's file, or None if the images are not from files."
@@ -173,7 +179,7 @@ class TensorImages(Images):
         idx = torch.as_tensor(indices, device=self.images.device)
         labels = None if self.labels is None else self.labels[idx.to(self.labels.device)]
         encoded = None if self.encoded is None else self.encoded.pick(torch.arange(len(self))[idx.cpu()].tolist())
-        return TensorImages(self.images[idx], labels, self.classes, self.name, self._skipped, encoded)
+        return self._with_prints(TensorImages(self.images[idx], labels, self.classes, self.name, self._skipped, encoded), idx.cpu())
     def to(self, device) -> 'TensorImages':
         labels = None if self.labels is None else self.labels.to(device)
         return TensorImages(self.images.to(device), labels, self.classes, self.name, self._skipped, self.encoded)
@@ -225,12 +231,13 @@ class ImageData:
     def without_copies(self) -> 'ImageData':
         "The same data without the train images that are in test too."
         if self.test is None or not len(copies(self.train, self.test)): return self
-        both = torch.isin(self.train.fingerprints(), self.test.fingerprints())
+        both = known(self.train.fingerprints(), self.test.fingerprints())
         return ImageData(self.train.subset((~both).nonzero().flatten()), self.test, self.name, self.note)
     def sample(self, n: int, n_test: int|None=None, seed: int=0) -> 'ImageData':
         "Small data from large: `n` train images and `n_test` test images (None: all), balanced over classes."
         test = self.test.sample(n_test, seed) if self.test is not None and n_test else self.test
         return ImageData(self.train.sample(n, seed), test, self.name, self.note)
+    def __getstate__(self): return {k: v for k, v in vars(self).items() if k not in ('_features', '_baseline_values')} # kept for probes; large
     def __repr__(self):
         lines = [f'ImageData {self.name}', f'  train  {self.train!r}', f'  test   {self.test!r}']
         if self.classes: lines.append('  classes  ' + ', '.join(self.classes[:10]) + (', ...' if len(self.classes) > 10 else ''))
@@ -288,6 +295,11 @@ class ByteFiles:
     def name(self, i) -> str: return self.paths[i]
     def read(self, i, first: int=-1) -> bytes: # the `first` bytes, or all
         with open(os.path.join(self.folder, self.paths[i]), 'rb') as f: return f.read(first)
+    def length(self, i) -> int: return os.path.getsize(os.path.join(self.folder, self.paths[i]))
+    def ends(self, i, n: int=65536) -> tuple: # length, first and last n bytes
+        with open(os.path.join(self.folder, self.paths[i]), 'rb') as f:
+            size = f.seek(0, 2); f.seek(0); first = f.read(n); f.seek(max(len(first), size - n))
+            return str(size).encode(), first, f.read()
     def pick(self, rows) -> 'ByteFiles': return ByteFiles(self.folder, [self.paths[i] for i in rows])
 
 # %% ../nbs/01_data.ipynb #78fea198
@@ -320,6 +332,10 @@ class BytePack:
         if self._bytes is None: self._bytes = _mapped(self.path, 'jpeg')
         start, end = self.offsets[self.rows[i]:][:2]
         return self._bytes[start:end if first < 0 else min(end, start+first)].tobytes()
+    def length(self, i) -> int: return int(np.diff(self.offsets[self.rows[i]:][:2])[0])
+    def ends(self, i, n: int=65536) -> tuple: # length, first and last n bytes
+        data = self.read(i)
+        return str(len(data)).encode(), data[:n], data[max(n, len(data) - n):]
     def pick(self, rows) -> 'BytePack':
         new = BytePack.__new__(BytePack); new.__dict__ = {**self.__getstate__(), 'rows': self.rows[np.asarray(rows)]}
         return new
@@ -338,7 +354,7 @@ class FileImages(Images):
     def subset(self, indices) -> 'FileImages':
         idx = torch.arange(len(self))[torch.as_tensor(indices)]
         labels = None if self.labels is None else self.labels[idx]
-        return FileImages(self.encoded.pick(idx.tolist()), labels, self.classes, self.name, self._skipped, self.size)
+        return self._with_prints(FileImages(self.encoded.pick(idx.tolist()), labels, self.classes, self.name, self._skipped, self.size), idx)
     @property
     def skipped(self) -> list:
         "(name, reason) of every image that could not be read, those found broken so far among them."
@@ -447,33 +463,59 @@ def _open(encoded, labels, classes, name, size, stream, limit, check=True) -> Im
     if whole: return TensorImages(images[keep] if bad else images, labels, classes, name, skipped, encoded)
     return FileImages(encoded, labels, classes, name, skipped, size)
 
-# %% ../nbs/01_data.ipynb #0274d699
-def _hashed(data: bytes):
-    "64 bits of a hash as a whole number."
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), 'little', signed=True)
+# %% ../nbs/01_data.ipynb #d1123a61
+def _hashed(*parts: bytes):
+    "64 bits of a hash as a whole number, never 0."
+    h = hashlib.blake2b(digest_size=8)
+    for p in parts: h.update(p)
+    return int.from_bytes(h.digest(), 'little', signed=True) or 1
 
-def _fingerprints(self: Images) -> torch.Tensor: # (N,), int64
-    "A number for every image, equal for exact copies. Raises what reading a file raises."
-    pixels = getattr(self, 'images', None)
-    state = getattr(pixels, '_version', 0)                           # PyTorch counts changes in place
-    if self._prints is None or self._prints[0] != state:
-        if self.encoded is not None: one = lambda i: _hashed(self.encoded.read(i, 65536))
-        elif pixels is not None: one = lambda i, x=pixels.cpu().numpy(): _hashed(x[i].tobytes())
-        else: one = lambda i: _hashed(self[i].numpy().tobytes())
-        found = _in_threads(one, len(self))
-        for e in found:
-            if isinstance(e, Exception): raise e
-        self._prints = state, torch.tensor(found, dtype=torch.int64)
-    return self._prints[1]
+def _all(f, n):
+    "int64 (n,) of f(0) to f(n-1); raises what f raised."
+    found = _in_threads(f, n)
+    for e in found:
+        if isinstance(e, Exception): raise e
+    return torch.tensor(found, dtype=torch.int64)
+
+def _fingerprints(self: Images) -> torch.Tensor: # (N,2), int64: of the file, of the pixels; 0 where there is none
+    "Two numbers for every image, equal for exact copies. Raises what reading a file raises."
+    pixels, n = getattr(self, 'images', None), len(self)
+    files, seen, of_pixels = self._prints or (None, None, None)
+    if files is None: files = torch.zeros(n, dtype=torch.int64) if self.encoded is None else _all(lambda i: _hashed(*self.encoded.ends(i)), n)
+    if pixels is None: of_pixels = torch.zeros(n, dtype=torch.int64)
+    elif seen is None or seen[0]() is not pixels or seen[1] != pixels._version: # another tensor, or changed in place (PyTorch counts that)
+        x, seen = pixels.cpu().numpy(), (weakref.ref(pixels), pixels._version)
+        of_pixels = _all(lambda i: _hashed(x[i].tobytes()), n)
+    self._prints = files, seen, of_pixels
+    return torch.stack([files, of_pixels], 1)
 
 Images.fingerprints = _fingerprints
 
-# %% ../nbs/01_data.ipynb #7b187c60
+# %% ../nbs/01_data.ipynb #cc69429f
+def known(asked: torch.Tensor,   # (n,2) fingerprints
+          learned: torch.Tensor  # (m,2) fingerprints
+         ) -> torch.Tensor:      # (n,) bool
+    "Which images are among others: the same file, or the same pixels."
+    return ((asked != 0) & torch.stack([torch.isin(a, b) for a, b in zip(asked.T, learned.T)], 1)).any(1)
+
 def copies(train: Images, # what was learned from
            test: Images   # what is measured on
           ) -> torch.Tensor: # (n,) numbers of test images
     "The test images that are in train too, as exact copies."
-    return torch.isin(test.fingerprints(), train.fingerprints()).nonzero().flatten()
+    return known(test.fingerprints(), train.fingerprints()).nonzero().flatten()
+
+# %% ../nbs/01_data.ipynb #ab52b757
+def affordable(store: Images, most: int=200_000) -> bool:
+    "Whether fingerprints are quickly made: in memory, or not too many files."
+    return isinstance(store, TensorImages) or len(store) <= most
+
+def _content(self: Images) -> str: # 16 hexadecimal digits
+    "A hash of all images as they are given out, in order: of pixels in memory, else of files and the size they are decoded at."
+    if not affordable(self): parts = [repr(self.names).encode(), repr([self.encoded.length(i) for i in range(len(self))]).encode()]
+    else: parts = [self.fingerprints()[:, 0 if getattr(self, 'images', None) is None else 1].contiguous().numpy().tobytes()]
+    return hashlib.blake2b(b''.join([*parts, repr(getattr(self, 'size', None)).encode()]), digest_size=8).hexdigest()
+
+Images.content = _content
 
 # %% ../nbs/01_data.ipynb #cbab302f
 _ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm')

@@ -10,7 +10,6 @@ __all__ = ['encoder_kinds', 'Features', 'pool_cells', 'check_pool', 'Encoder', '
 import json, math, warnings
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np
 import torch
 from torch import nn, Tensor
 
@@ -45,7 +44,7 @@ class Encoder(nn.Module):
     drops_patches = False # whether `forward` takes `keep`
     side = 1 # of a patch: what the side of an image must be a multiple of
     tower = '' # 'online' or 'target', once a method has it
-    trained_on = None # fingerprints (n,) of the images that it was pretrained on, where they are known
+    trained_on = None # fingerprints (n,2) of the images that it was trained on, where they are known
     def __init__(self, spec, size, dim):
         super().__init__()
         self.spec,self.size,self.dim,self.patch_dim,self.sizes = spec,size,dim,dim,{size}
@@ -245,15 +244,16 @@ def save_encoder(encoder:Encoder, # ViT or ResNet
                  path, # file to write, usually 'encoder.safetensors'
                  card:dict|None=None, # anything JSON can hold: data, method, epochs, records
                 ) -> Path:
-    "Write weights, spec and card to one safetensors file (aside, then renamed)."
+    "Write weights, spec, card and the fingerprints of the training images to one safetensors file (aside, then renamed)."
     from safetensors.torch import save_file
     path = Path(path); aside = path.with_suffix('.tmp')
-    save_file({k: v.contiguous().cpu() for k, v in encoder.state_dict().items()}, aside,
+    learned = {} if encoder.trained_on is None else dict(trained_on=encoder.trained_on)
+    save_file({k: v.contiguous().cpu() for k, v in (encoder.state_dict() | learned).items()}, aside,
               metadata=dict(spec=json.dumps(encoder.spec), card=json.dumps(card or {})))
     return aside.replace(path)
 
 def load_encoder(path, # a file that `save_encoder` wrote
-                ) -> Encoder: # in eval mode; its card is in `encoder.card`, and what lies beside it in `encoder.trained_on`
+                ) -> Encoder: # in eval mode; its card is in `encoder.card`
     "Rebuild an encoder from its file. `ValueError` if the file is not one of ours."
     from safetensors import safe_open
     if not Path(path).is_file(): raise FileNotFoundError(f'no encoder file at {path}')
@@ -261,10 +261,10 @@ def load_encoder(path, # a file that `save_encoder` wrote
         with safe_open(path, 'pt') as f: meta, state = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     except Exception as e: raise ValueError(f'{path} is not a safetensors file: {e}') from e
     if 'spec' not in meta: raise ValueError(f'{path} holds weights but no `spec`: it was not written by save_encoder')
-    encoder = build_encoder(json.loads(meta['spec'])); encoder.load_state_dict(state)
-    encoder.card, beside = json.loads(meta.get('card', '{}')), Path(path).with_name('trained_on.npy')
+    encoder, learned = build_encoder(json.loads(meta['spec'])), state.pop('trained_on', None)
+    encoder.load_state_dict(state)
+    encoder.card, encoder.trained_on = json.loads(meta.get('card', '{}')), learned
     encoder.tower = encoder.card.get('tower', '')
-    if beside.is_file(): encoder.trained_on = torch.from_numpy(np.load(beside, allow_pickle=False))
     return encoder.eval()
 
 # %% ../nbs/05_encoders.ipynb #c063d287

@@ -232,7 +232,7 @@ def _banks(encoders, data, layer, overlap, k):
     if found[0][0] is not None: train = train.subset(found[0][0])
     if k > len(train): raise ValueError(f'k={k}: without the test images, the bank has only {len(train)}')
     y, v = train.labels.cpu(), test.labels.cpu()
-    return train, test, y, v, int(max(y.max(), v.max())) + 1, '; '.join(dict.fromkeys(note for _, note in found if note))
+    return train, test, y, v, int(max(y.max(), v.max())) + 1, '; '.join(dict.fromkeys(note for _, note, _ in found if note))
 
 def _device(encoder, extract_args): return _place(encoder, 1, extract_args.get('device'))[2]
 
@@ -441,7 +441,7 @@ def alignment_uniformity(encoder: nn.Module, # frozen meanwhile, left as it was
                          size: int | None = None, # input size, pixels; None: `encoder.size`
                          device = None, # where to compute; None: where the encoder is
                         ) -> tuple[float, float]: # alignment (0 to 4), uniformity (0, lower is more even); lower is better for both
-    "Wang & Isola 2020 on two views of n images; uniformity is the mean over both. ValueError for bad arguments, less than 2 images."
+    "Wang & Isola 2020 on two views of n images; uniformity is the mean over both. ValueError for bad arguments, fewer than 2 images."
     if layer not in _LAYERS: raise ValueError(f'layer={layer!r}: expected one of {_LAYERS}')
     size, here, device = _place(encoder, size, device)
     recipe, store = _checked_recipe(recipe, size), getattr(data, _part(data, split))

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from torch.utils.data import DataLoader, Dataset
-from .data import ImageData, Images, fit
+from .data import ImageData, Images, affordable, fit
 from .encoders import build_encoder
-from .probes import (Record, _fingerprint, _labelled_splits, _no_leak, _pick, _usual_chance, architecture, frozen,
-                              hardware, hits, pack_each)
+from .probes import (Record, _fingerprint, _labelled_splits, _no_leak, _pick, _place, _positive, _usual_chance, about,
+                              architecture, frozen, hardware, hits, pack_each, writable)
 from .training import _Bookkeeping, _Loop, _State, Meter, Progress, native_bf16, open_run_folder, usable, versions
 from .views import generator_for, seed_for
 
@@ -63,7 +63,7 @@ def label_list(store: Images, # with file names: from a folder of images
         raise ValueError(f'names: {several[0]!r} stands for {len(where[several[0]])} images of {store.name}; list it with its folder')
     lost = [n for n in listed if n not in where]
     if len(lost) == len(listed) or lost and missing == 'refuse':
-        raise ValueError(f"names: {len(lost)} of {len(listed)} are not in {store.name} (the first: {lost[:1]}); missing='skip' passes some over")
+        raise ValueError(f"names: {len(lost)} of {len(listed)} are not in {store.name} (the first: {lost[:1]}); missing='skip' omits them")
     return store.subset(sorted(where[n][0] for n in listed if n in where))
 
 def _lines_of(names):
@@ -118,12 +118,15 @@ _below1 = ('a number of at least 0 and below 1', lambda v: _number(v) and 0 <= v
 _or_none = lambda kind: (f'{kind[0]}, or None', lambda v: v is None or kind[1](v))
 _one_of = lambda *words: (' or '.join(map(repr, words)), lambda v: v in words)
 _yes_no = _one_of(True, False)
-_accepted = dict(epochs=_whole(1), batch_size=_whole(2), optimizer=_one_of('adamw', 'sgd'), lr=_above, weight_decay=_from0, decay_all=_yes_no,
-    betas=('two numbers of at least 0 and below 1', lambda v: len(v) == 2 and all(map(_below1[1], v))), momentum=_below1, nesterov=_yes_no,
-    head_lr=_above, layer_decay=('a number above 0 and at most 1', lambda v: _number(v) and 0 < v <= 1), schedule=_one_of('cosine', 'steps'),
-    warmup=_whole(0), warmup_lr=_from0, min_lr=_from0, drop_to=_above, clip=_or_none(_above), smoothing=_below1, mixup=_from0, cutmix=_from0,
-    drops=('rising numbers of epochs', lambda v: all(map(_whole(1)[1], v)) and list(v) == sorted(set(v))),
-    switch=_share, crop=_one_of('pad', 'rrc', 'none'), rand_augment=("'' or timm's 'rand-...'", lambda v: isinstance(v, str) and _understood(v)),
+_several = lambda v: isinstance(v, (tuple, list))
+_accepted = dict(epochs=_whole(1), batch_size=_whole(2), optimizer=_one_of('adamw', 'sgd'), lr=_above, weight_decay=_from0,
+    decay_all=_yes_no,
+    betas=('two numbers of at least 0 and below 1', lambda v: _several(v) and len(v) == 2 and all(map(_below1[1], v))), momentum=_below1,
+    nesterov=_yes_no, head_lr=_above, layer_decay=('a number above 0 and at most 1', lambda v: _number(v) and 0 < v <= 1),
+    schedule=_one_of('cosine', 'steps'), warmup=_whole(0), warmup_lr=_from0, min_lr=_from0, drop_to=_above, clip=_or_none(_above),
+    drops=('rising numbers of epochs', lambda v: _several(v) and all(map(_whole(1)[1], v)) and list(v) == sorted(set(v))),
+    smoothing=_below1, mixup=_from0, cutmix=_from0, switch=_share, crop=_one_of('pad', 'rrc', 'none'),
+    rand_augment=("'' or timm's 'rand-...'", lambda v: isinstance(v, str) and _understood(v)),
     erasing=_share, drop_path=_or_none(_below1), ema=_below1, stats=_one_of('own', 'imagenet'))
 
 def _understood(description):
@@ -151,7 +154,8 @@ def aps_finetuning(name: str = 'tiny', # of the ViT: 'tiny', 'small' or 'base'
                   ) -> FineTuning:
     "APS on CIFAR (Shen et al. 2023, released code): AdamW, RandAugment, mixup and CutMix, erasing. ValueError for an unknown name."
     base = dict(tiny=2e-3, small=1e-3, base=5e-4) # published, for 512 images
-    if name not in base: raise ValueError(f'name={name!r}: expected one of {list(base)}')
+    if name not in list(base): raise ValueError(f'name={name!r}: expected one of {list(base)}')
+    _positive(batch_size=batch_size)
     published = dict(epochs=100, optimizer='adamw', lr=base[name] * batch_size / 512, weight_decay=.05, betas=(.9, .999),
                      schedule='cosine', warmup=5, warmup_lr=1e-6, min_lr=1e-5, smoothing=.1, mixup=.8, cutmix=1., switch=.5,
                      crop='pad', rand_augment='rand-m9-mstd0.5-inc1', erasing=.25, stats='imagenet')
@@ -159,19 +163,23 @@ def aps_finetuning(name: str = 'tiny', # of the ViT: 'tiny', 'small' or 'base'
 
 # %% ../nbs/09b_finetune.ipynb #097c7271
 def semi_supervised_recipe(fraction: float, # of the labels: 0.01 or 0.1 as published; others take what is nearer
-                           style: str = 'instdisc', # 'instdisc' (InstDisc, PIRL, PCL, CO2) or 'simclr'
+                           name: str = 'instdisc', # 'instdisc' (InstDisc, PIRL, PCL, CO2) or 'simclr'
                            batch_size: int | None = None, # images per step; None: as published
                            **changes, # any field of `FineTuning`
                           ) -> FineTuning:
-    "Fine-tuning with few labels. ValueError for an unknown style or a bad fraction."
+    "Fine-tuning with few labels; with other `epochs`, drops keep their shares of the run. ValueError for an unknown name or a bad fraction."
     if not _share[1](fraction) or not fraction: raise ValueError(f'fraction={fraction!r}: expected a number above 0 and at most 1')
+    if batch_size is not None: _positive(batch_size=batch_size)
     few = fraction < .1**1.5 # ours: halfway between 1 % and 10 %, in powers of ten
-    if style == 'instdisc': # published; the optimum of the grid is MoCo's
-        r = dict(batch_size=256, epochs=20, lr=.01, head_lr=100., schedule='steps', drops=(12, 16), drop_to=.2, weight_decay=5e-4 if few else 1e-4)
-    elif style == 'simclr': # published for version 1; ours: the cosine every epoch
+    if name == 'instdisc': # published; the optimum of the grid is MoCo's
+        r = dict(batch_size=256, epochs=20, lr=.01, head_lr=100., schedule='steps', drops=(12, 16), drop_to=.2,
+                 weight_decay=5e-4 if few else 1e-4)
+    elif name == 'simclr': # published for version 1; ours: the cosine every epoch
         r = dict(batch_size=1024, epochs=60 if few else 30, lr=.2, nesterov=True, weight_decay=0.)
-    else: raise ValueError(f"style={style!r}: expected 'instdisc' or 'simclr'")
+    else: raise ValueError(f"name={name!r}: expected 'instdisc' or 'simclr'")
     if batch_size: r.update(batch_size=batch_size, lr=r['lr'] * batch_size / r['batch_size']) # simclr: published; instdisc: ours
+    if 'drops' in r and 'epochs' in changes: # the same shares of another length
+        r['drops'] = tuple(sorted({max(1, round(d * changes['epochs'] / r['epochs'])) for d in r['drops']}))
     return FineTuning(**dict(optimizer='sgd', momentum=.9, decay_all=True, crop='rrc') | r | changes)
 
 # %% ../nbs/09b_finetune.ipynb #44041532
@@ -230,8 +238,8 @@ class LabelledLoader:
               start: int = 0): # batches to pass over
         order = torch.randperm(len(self.store), generator=generator_for(self.seed, e, 'order'))
         batches = order[:len(self)*self.batch_size].view(-1, self.batch_size)[start:]
-        made = DataLoader(_Augmented(self.store, self.change, self.seed, e), batch_sampler=batches.tolist(), num_workers=self.workers, pin_memory=self.pin)
-        return zip(made, batches)
+        store = _Augmented(self.store, self.change, self.seed, e)
+        return zip(DataLoader(store, batch_sampler=batches.tolist(), num_workers=self.workers, pin_memory=self.pin), batches)
 
 # %% ../nbs/09b_finetune.ipynb #cfdd5fd6
 def mixed(x: Tensor, # (B,3,H,W) uint8; B even where images are mixed
@@ -249,7 +257,8 @@ def mixed(x: Tensor, # (B,3,H,W) uint8; B even where images are mixed
         mean, std = mean[:, None, None], std[:, None, None]
         x = RandomErasing(recipe.erasing, mode='pixel', device=x.device)((x - mean) / std) * std + mean
     if not recipe.mixup + recipe.cutmix: return x, mixup_target(y, classes, smoothing=recipe.smoothing)
-    return Mixup(recipe.mixup, recipe.cutmix, switch_prob=recipe.switch, label_smoothing=recipe.smoothing, num_classes=classes)(x, y)
+    how = dict(switch_prob=recipe.switch, label_smoothing=recipe.smoothing, num_classes=classes)
+    return Mixup(recipe.mixup, recipe.cutmix, **how)(x, y)
 
 # %% ../nbs/09b_finetune.ipynb #ebf0bcb1
 def show_augmented(store: Images, # with labels
@@ -258,15 +267,17 @@ def show_augmented(store: Images, # with labels
                    n: int = 8, # images, spread over the store; an even number
                    seed: int = 0, # of all changes
                   ): # -> matplotlib Figure
-    "What each part of a recipe makes of a batch, erasing of every image; below mixed images, their two largest targets. ValueError for an odd n."
-    if not (isinstance(n, int) and 2 <= n <= len(store.labelled()) and n % 2 == 0): raise ValueError(f'n={n!r}: expected an even number of images that the store has')
+    "What each part of a recipe makes of a batch, erasing of every image; below mixed images, their two largest targets."
     store = store.labelled()
+    if not (isinstance(n, int) and 2 <= n <= len(store) and n % 2 == 0):
+        raise ValueError(f'n={n!r}: expected an even number of images that the store has')
     store = store.subset([i*len(store)//n for i in range(n)])
     names, half = store.classes or list(map(str, range(int(store.labels.max()) + 1))), torch.full((3,), .5)
     changed = _Augmented(store, augmentation(recipe, size, half), seed, 0)
     x = torch.stack([changed[i][0] for i in range(n)])
     rows = [('as it is', torch.stack([fit(store[i], size) for i in range(n)]) / 255, None), ('changed', x / 255, None)]
-    for title, on, off in (('erased', recipe.erasing, dict(mixup=0., cutmix=0., erasing=1.)), ('mixup', recipe.mixup, dict(cutmix=0., erasing=0.)), ('CutMix', recipe.cutmix, dict(mixup=0., erasing=0.))):
+    alone = dict(erased=dict(mixup=0., cutmix=0., erasing=1.), mixup=dict(cutmix=0., erasing=0.), CutMix=dict(mixup=0., erasing=0.))
+    for (title, off), on in zip(alone.items(), (recipe.erasing, recipe.mixup, recipe.cutmix)):
         if not on: continue
         with seeded(seed, title): z, t = mixed(x, store.labels, len(names), replace(recipe, **off), half, half/2)
         rows.append((title, z, t if title != 'erased' else None))
@@ -275,14 +286,16 @@ def show_augmented(store: Images, # with labels
 def _draw_rows(rows, names):
     "Rows of images with a title to the left; under an image its two largest targets."
     import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(len(rows), len(rows[0][1]), figsize=(len(rows[0][1]) * .68, len(rows) * .8), squeeze=False, layout='constrained')
+    n = len(rows[0][1])
+    fig, axs = plt.subplots(len(rows), n, figsize=(n * .68, len(rows) * .8), squeeze=False, layout='constrained')
     for row, (title, x, t) in zip(axs, rows):
         row[0].set_ylabel(title, fontsize=7)
         for i, ax in enumerate(row):
             ax.imshow(x[i].clamp(0, 1).permute(1, 2, 0).numpy(), interpolation='nearest')
             ax.set(xticks=[], yticks=[])
             for s in ax.spines.values(): s.set_visible(False)
-            if t is not None: ax.set_xlabel('\n'.join(f'{v:.0%} {names[c]}'[:16] for v, c in zip(*t[i].topk(2))), fontsize=5.5, labelpad=1)
+            if t is None: continue
+            ax.set_xlabel('\n'.join(f'{v:.0%} {names[c]}'[:16] for v, c in zip(*t[i].topk(2))), fontsize=5.5, labelpad=1)
     plt.close(fig)
     return fig
 
@@ -296,14 +309,16 @@ class Classifier(nn.Module):
                  stats: str = 'own'): # channel statistics: 'own' or 'imagenet'
         super().__init__()
         for what in ('dim', 'size'):
-            if not isinstance(getattr(encoder, what, None), int): raise ValueError(f'encoder: {type(encoder).__name__} has no `.{what}`, a whole number')
+            if isinstance(getattr(encoder, what, None), int): continue
+            raise ValueError(f'encoder: {type(encoder).__name__} has no `.{what}`, a whole number')
         self.encoder = _copy_of(encoder, drop_path).requires_grad_(True)
         self.head = nn.utils.skip_init(nn.Linear, encoder.dim, classes, device=next(self.encoder.parameters()).device)
-        with torch.no_grad(): self.head.weight.copy_(nn.init.trunc_normal_(torch.empty(classes, encoder.dim), std=.02, generator=generator_for(seed, 'head')))
-        nn.init.zeros_(self.head.bias)
+        start = nn.init.trunc_normal_(torch.empty(classes, encoder.dim), std=.02, generator=generator_for(seed, 'head'))
+        with torch.no_grad(): self.head.weight.copy_(start); self.head.bias.zero_()
         if stats == 'imagenet':
             from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-            if not hasattr(encoder, 'set_stats'): raise ValueError(f"stats='imagenet': {type(encoder).__name__} has no `set_stats`; 'own' works")
+            if not hasattr(encoder, 'set_stats'):
+                raise ValueError(f"stats='imagenet': {type(encoder).__name__} has no `set_stats`; 'own' works")
             self.encoder.set_stats(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
     def forward(self, x: Tensor) -> Tensor: # (B,3,size,size) uint8, or floats, to logits (B,C)
@@ -323,6 +338,7 @@ def _copy_of(encoder, drop_path):
         raise ValueError(f'drop_path={drop_path}: {architecture(encoder)} has no stochastic depth; None leaves it as it is')
     with torch.random.fork_rng(devices=[]): new = build_encoder({**encoder.spec, 'drop_path': drop_path})
     new.load_state_dict(encoder.state_dict())
+    new.trained_on = encoder.trained_on
     return new.to(encoder.mean.device)
 
 def layers_of(encoder: nn.Module) -> dict: # regular expressions, from the input up, in timm's notation
@@ -331,8 +347,8 @@ def layers_of(encoder: nn.Module) -> dict: # regular expressions, from the input
     if hasattr(net, 'group_matcher'): # timm's own; '^a|b' there means that both begin a name
         put = lambda e: f"{under}(?:{e.replace('^', '')})"
         return {k: put(v) if isinstance(v, str) else [(put(e), n) for e, n in v] for k, v in net.group_matcher().items()}
-    if hasattr(net, 'layer4'): return dict(stem=under + '(?:conv1|bn1)', blocks=under + r'layer(\d+)\.(\d+)') # torchvision's ResNets, as timm does with its own
-    return dict(stem=r'^encoder\.')
+    if not hasattr(net, 'layer4'): return dict(stem=r'^encoder\.')
+    return dict(stem=under + '(?:conv1|bn1)', blocks=under + r'layer(\d+)\.(\d+)') # torchvision's ResNets, as timm does with its own
 
 # %% ../nbs/09b_finetune.ipynb #7aa0bad7
 def finetuning_optimizer(model: Classifier, # what is trained
@@ -342,9 +358,10 @@ def finetuning_optimizer(model: Classifier, # what is trained
     from timm.optim import create_optimizer_v2, param_groups_layer_decay
     spared = () if recipe.decay_all else model.no_weight_decay()
     head, groups = {id(p) for p in model.head.parameters()}, {}
-    for g in param_groups_layer_decay(model, recipe.weight_decay, spared, weight_decay_exclude_1d=not recipe.decay_all, layer_decay=recipe.layer_decay):
-        scale = g['lr_scale'] * (recipe.head_lr if id(g['params'][0]) in head else 1)
-        groups.setdefault((scale, g['weight_decay']), dict(params=[], lr_scale=scale, weight_decay=g['weight_decay']))['params'] += g['params']
+    how = dict(weight_decay_exclude_1d=not recipe.decay_all, layer_decay=recipe.layer_decay)
+    for g in param_groups_layer_decay(model, recipe.weight_decay, spared, **how):
+        scale, decay = g['lr_scale'] * (recipe.head_lr if id(g['params'][0]) in head else 1), g['weight_decay']
+        groups.setdefault((scale, decay), dict(params=[], lr_scale=scale, weight_decay=decay))['params'] += g['params']
     own = dict(betas=recipe.betas) if recipe.optimizer == 'adamw' else dict(momentum=recipe.momentum, nesterov=recipe.nesterov)
     return create_optimizer_v2(list(groups.values()), recipe.optimizer, lr=recipe.lr, weight_decay=0., **own)
 
@@ -379,8 +396,9 @@ class _Step:
     def check_finite(self):
         if (bad := self.meter.first_bad()) < 0: return
         kept = f'The last checkpoint in {self.out} is untouched.' if self.out else 'No run folder was given, so there is no checkpoint.'
-        raise FloatingPointError(f'the loss of batch {bad} (epoch {bad//len(self.loader)+1}) is not finite. {kept} Look at the learning rate '
-                                 f'({self.recipe.lr:.2g}, of the head {self.recipe.lr*self.recipe.head_lr:.2g}; try half), clip=1.0, and bf16={self.bf16}.')
+        lr, head = self.recipe.lr, self.recipe.lr*self.recipe.head_lr
+        raise FloatingPointError(f'the loss of batch {bad} (epoch {bad//len(self.loader)+1}) is not finite. {kept} '
+                                 f'Look at the learning rate ({lr:.2g}, of the head {head:.2g}; try half), clip=1.0, and bf16={self.bf16}.')
 
 # %% ../nbs/09b_finetune.ipynb #942c20d6
 class _Epoch:
@@ -399,8 +417,9 @@ class _Epoch:
 
     def end_epoch(self, epoch):
         self.check_finite(); self.tick()
-        row = dict(epoch=epoch, batches=self.batches, **self.meter.means(), lr=self.optimizer.param_groups[0]['lr']/self.optimizer.param_groups[0]['lr_scale'],
-                   seconds=self.seconds, top1=None)
+        first = self.optimizer.param_groups[0]
+        row = dict(epoch=epoch, batches=self.batches, **self.meter.means(), lr=first['lr']/first['lr_scale'], seconds=self.seconds,
+                   top1=None)
         if self.watch or epoch == self.epochs: row['top1'] = hits(self.predict().argmax(1), self.test.labels).value
         self.clock = time.time() # measuring is not training
         self.history.append(row); self.meter = Meter()
@@ -418,9 +437,11 @@ class _Epoch:
 
 # %% ../nbs/09b_finetune.ipynb #2e339d1c
 class _Lines(Progress):
-    "`Progress` with what fine-tuning has to say."
+    "`Progress` with what fine-tuning has to say, and of which run."
+    who = ''
     def epoch(self, done, row, epochs, draw):
-        text = f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.3f}" + (f"  test top-1 {row['top1']:.3f}" if row['top1'] is not None else '')
+        top1 = '' if row['top1'] is None else f"  test top-1 {row['top1']:.3f}"
+        text = f"{self.who + ': ' * bool(self.who)}epoch {row['epoch']}/{epochs}  loss {row['loss']:.3f}{top1}"
         if self.bar: self.bar.comment = text; self.bar.update_bar(done - self.first)
         if time.time() - self.last < self.every and row['epoch'] < epochs: return
         self.last = time.time()
@@ -445,9 +466,10 @@ class _Saved(_State):
     "The part of `FineTuner` that is written and read."
     def config(self):
         "Everything a run depends on, for config.json."
-        return dict(run=self.name, encoder=getattr(self.encoder, 'spec', None) or architecture(self.encoder), start=self.start, recipe=_plain(self.recipe), seed=self.seed,
-                    bf16=self.bf16, device=str(self.device), data=dict(name=self.data.name, train=len(self.train), classes=self.classes, images=self.images),
-                    resize=self.resize, versions=versions(), hardware=hardware(self.device), started=datetime.now(timezone.utc).isoformat(timespec='seconds'),
+        return dict(run=self.name, encoder=getattr(self.encoder, 'spec', None) or architecture(self.encoder), start=self.start,
+                    recipe=_plain(self.recipe), seed=self.seed, bf16=self.bf16, device=str(self.device), resize=self.resize,
+                    overlap=self.overlap, data=dict(name=self.data.name, train=len(self.train), classes=self.classes, images=self.images),
+                    versions=versions(), hardware=hardware(self.device), started=datetime.now(timezone.utc).isoformat(timespec='seconds'),
                     command=' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
 
     def identity(self):
@@ -468,7 +490,8 @@ def _plain(recipe):
 
 def recipe_of(record: Record) -> FineTuning: # of a record of `finetune` or `semi_supervised`
     "The recipe that a record was made with."
-    return FineTuning(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.settings.items() if k in FineTuning.__dataclass_fields__})
+    said = {k: v for k, v in record.settings.items() if k in FineTuning.__dataclass_fields__}
+    return FineTuning(**{k: tuple(v) if isinstance(v, list) else v for k, v in said.items()})
 
 # %% ../nbs/09b_finetune.ipynb #5edfe0b2
 def settle_batch(recipe: FineTuning, # as wished
@@ -484,51 +507,73 @@ class _Built:
         from timm.loss import SoftTargetCrossEntropy
         from timm.utils import ModelEmaV3
         r, self.clip, self.loss = self.recipe, None, SoftTargetCrossEntropy()
-        self.method = self.model = Classifier(encoder, self.classes, self.seed, r.drop_path, r.stats).to(self.device).train() # the loop says method
+        self.model = Classifier(encoder, self.classes, self.seed, r.drop_path, r.stats).to(self.device).train()
+        self.method = self.model # the loop's word for it
+        self.encoder.trained_on = _together(getattr(encoder, 'trained_on', None), self.train)
         if hasattr(self.encoder, 'explicit_attention'): self.encoder.explicit_attention(self.bf16 and self.device == 'cpu')
         self.ema = ModelEmaV3(self.model, decay=r.ema) if r.ema else None
         self.pixels = [getattr(self.encoder, k, torch.full((3,), .5)).to(self.device) for k in ('mean', 'std')]
-        self.loader = LabelledLoader(self.train, r.batch_size, augmentation(r, self.encoder.size, self.pixels[0]), self.seed, self.workers, self.device != 'cpu')
+        change = augmentation(r, self.encoder.size, self.pixels[0])
+        self.loader = LabelledLoader(self.train, r.batch_size, change, self.seed, self.workers, self.device != 'cpu')
         self.optimizer = finetuning_optimizer(self.model, r)
         self.schedule = finetuning_schedule(self.optimizer, r)
 
     def __repr__(self):
         last = self.history[-1] if self.history else {}
-        numbers = ', '.join(f'{n} {last[k]:.3f}' for k, n in (('loss', 'loss'), ('top1', 'test top-1')) if last.get(k) is not None)
-        return f'{self.name} of {architecture(self.encoder)} on {self.data.name}: batch {self.batches} of {self.total}' + (f', {numbers}' if numbers else '')
+        numbers = [f'{n} {last[k]:.3f}' for k, n in (('loss', 'loss'), ('top1', 'test top-1')) if last.get(k) is not None]
+        done = f'batch {self.batches} of {self.total}'
+        return f'{self.name} of {architecture(self.encoder)} on {self.data.name}: ' + ', '.join([done, *numbers])
+
+def _together(learned, store):
+    "Fingerprints (n,2) of images learned from before (or None) and of a store; None where its files are too many to read."
+    if not affordable(store): return learned
+    new = store.fingerprints()
+    return new.unique(dim=0) if learned is None else torch.cat([learned.to(new), new]).unique(dim=0)
 
 # %% ../nbs/09b_finetune.ipynb #d61b8043
 class FineTuner(_Built, _Step, _Epoch, _Saved, _Loop, _Bookkeeping):
-    "Trains a copy of an encoder and a linear head. `fit()` starts, and goes on after an interruption."
+    "Trains a copy of an encoder and a linear head. `fit()` starts, and goes on after an interruption. ValueError before any work."
     def __init__(self, encoder: nn.Module, # the start; left as it is
                  data: ImageData, # with labels in train and test
                  recipe: FineTuning, # how to train
                  seed: int = 0, # of the head, of the order and of all changes
                  out=None, # run folder: a checkpoint every epoch, metrics.csv, config.json; None: nothing is written
                  resume: bool = False, # go on from the checkpoint in `out`
-                 device: str | None = None, # 'cuda', 'cpu', ...; None: a GPU where there is one
+                 device: str | None = None, # 'cuda', 'cpu', ...; None: where the encoder is
                  bf16: bool | None = None, # autocast to bfloat16; None: where the device computes it natively
                  workers: int = 0, # processes that decode and augment
                  progress: str | None = None, # 'notebook', 'terminal', 'lines', 'quiet'; None: found out
                  watch: bool = False, # classify the test images after every epoch, not only after the last
                  resize: int | None = None, # short side of test images before the centre cut; None: the encoder's size
+                 overlap: str = 'refuse', # where test images are in train: 'refuse', 'drop' or 'keep'
                  name: str = 'fine-tuning'): # of the run, in pictures and files
-        self.train, self.test = _labelled_splits(data, 'image')
-        self.device = usable(str(device or ('cuda' if torch.cuda.is_available() else 'cpu')))
-        self.data, self.recipe, self.seed, self.workers, self.watch, self.resize, self.name = data, settle_batch(recipe, len(self.train)), seed, workers, watch, resize, name
+        size, here, _ = _place(encoder, None, None)
+        if not isinstance(recipe, FineTuning): raise ValueError(f'recipe={recipe!r}: expected a `FineTuning`')
+        if resize is not None: _positive(resize=resize)
+        if resize is not None and resize < size: raise ValueError(f'resize={resize}: expected at least the size of the encoder, {size}')
+        self.data, self.train, self.test, self.leak, self.kept = _clean(data, encoder, overlap)
+        self.device, self.seed, self.workers, self.watch = usable(str(device or here)), seed, workers, watch
+        self.recipe, self.resize, self.overlap, self.name = settle_batch(recipe, len(self.train)), resize, overlap, name
         self.classes = max(len(self.train.classes or ()), *(int(s.labels.max()) + 1 for s in (self.train, self.test)))
-        if resize is not None and resize < encoder.size: raise ValueError(f'resize={resize}: expected at least the size of the encoder, {encoder.size}')
         self.bf16, self.out, self.epochs = native_bf16(self.device) if bf16 is None else bf16, out and Path(out), self.recipe.epochs
-        self.start, self.images = _fingerprint(list(encoder.state_dict().values())), _fingerprint(self.train.fingerprints(), self.train.labels)
+        self.start, self.images = _fingerprint(list(encoder.state_dict().values())), _fingerprint(self.train.content(), self.train.labels)
         self.build(encoder)
         self.progress, self.meter, self.history, self.batches, self.seconds = _Lines(progress), Meter(), [], 0, 0.
+        self.progress.who = name or ''
         if self.out: open_run_folder(self.out, resume)
         if resume: self.load()
+
+def _clean(data, encoder, overlap):
+    "(data, train, test, a note, settings), without what `overlap` leaves out. ValueError where test images were learned from."
+    train, test = _labelled_splits(data, 'image')
+    use, leak, kept = _no_leak(train, test, encoder, overlap, data.name)
+    if use is not None: data = ImageData(train.subset(use), test, data.name, data.note)
+    return data, *_labelled_splits(data, 'image'), leak, kept
 
 # %% ../nbs/09b_finetune.ipynb #8a3823e9
 def finetune(encoder: nn.Module, # the start; left as it is
              data: ImageData, # with labels: trained on its train split, measured on its test split
-             recipe: str | FineTuning | None = None, # 'tiny', 'small' or 'base' of `aps_finetuning`, or one of your own; None: by the encoder's size
+             recipe: str | FineTuning | None = None, # 'tiny', 'small', 'base' of `aps_finetuning`, or your own; None: by the encoder's size
              name: str | None = None, # which encoder this is; None: its tower ('online', 'target'), or 'encoder'
              seed: int = 0, # of head, order and changes, of the random encoder, and for the record
              baselines: bool = True, # also the same recipe from `encoder.fresh(seed)`: twice the cost
@@ -539,55 +584,58 @@ def finetune(encoder: nn.Module, # the start; left as it is
              **more, # fields of `FineTuning` (epochs, lr, ...); device, bf16, workers, progress, watch, resize: as in `FineTuner`
             ) -> Record:
     "Top-1 accuracy after the last epoch of fine-tuning all weights. ValueError before any work if something does not fit."
-    size = (getattr(encoder, 'spec', None) or {}).get('name')
-    usual = partial(aps_finetuning, recipe if isinstance(recipe, str) else size if size in ('tiny', 'small', 'base') else 'tiny')
-    recipe, more = _settled(None if isinstance(recipe, str) else recipe, usual, more)
+    names, size = ('tiny', 'small', 'base'), (getattr(encoder, 'spec', None) or {}).get('name')
+    if recipe is None: recipe = size if size in names else 'tiny'
+    recipe, more = _settled(recipe, names, aps_finetuning, more)
     return _finetuned(encoder, data, data, recipe, 'fine-tuning', {}, '', name, seed, baselines, overlap, out, checkpoints, resume, more)
 
-def _settled(recipe, usual, more):
-    "(the recipe with the changes in `more`, the rest of `more`); ValueError for a name that neither a recipe nor `FineTuner` has."
+def _settled(recipe, names, named, more):
+    "(the recipe with the changes in `more`, the rest of `more`); ValueError for what is none, or a name that nothing here has."
+    if not isinstance(recipe, FineTuning) and not (isinstance(recipe, str) and recipe in names):
+        raise ValueError(f'recipe={recipe!r}: expected a `FineTuning` or one of {names}')
     changes = {k: more[k] for k in more if k in FineTuning.__dataclass_fields__}
-    rest = {k: more[k] for k in more if k not in changes}
-    if odd := set(rest) - {'device', 'bf16', 'workers', 'progress', 'watch', 'resize'}:
-        raise ValueError(f'unknown argument {sorted(odd)[0]!r}; there are the fields of a recipe, {list(FineTuning.__dataclass_fields__)}, and device, bf16, workers, progress, watch, resize')
-    return usual(**changes) if recipe is None else replace(recipe, **changes), rest
+    rest, others = {k: more[k] for k in more if k not in changes}, ('device', 'bf16', 'workers', 'progress', 'watch', 'resize')
+    if odd := sorted(set(rest) - set(others)):
+        raise ValueError(f"unknown argument {odd[0]!r}; there are fields of a recipe, {list(FineTuning.__dataclass_fields__)}, {others}")
+    return replace(recipe, **changes) if isinstance(recipe, FineTuning) else named(recipe, **changes), rest
 
 # %% ../nbs/09b_finetune.ipynb #f968b515
 def _finetuned(encoder, data, part, recipe, protocol, settings, note, name, seed, baselines, overlap, out, checkpoints, resume, more):
     "The record of fine-tuning on `part` of `data`."
     began = time.time()
-    part, leak = _clean(part, encoder, overlap)
     def run(start, what):
         folder = checkpoints and Path(checkpoints)/what
         going = bool(resume and folder and (folder/'checkpoint.pt').is_file())
-        return FineTuner(start, part, recipe, seed, folder, going, name=what, **more)
-    tuner = run(encoder, 'encoder').fit()
+        return FineTuner(start, part, recipe, seed, folder, going, overlap=overlap, name=what, **more)
+    tuner, scratch = run(encoder, 'encoder'), None
+    if out: writable(out)
+    if baselines and hasattr(encoder, 'fresh'):
+        scratch = _from_scratch(encoder.fresh(seed), tuner, run, vars(data).setdefault('_baseline_values', {}))
+    tuner.fit()
     logits, y, beside = tuner.predict(), tuner.test.labels.cpu(), {}
     found = _top5(logits, y)
     if tuner.ema: found['top-1 without EMA'] = hits(tuner.predict(tuner.model).argmax(1), y).value
-    if baselines and hasattr(encoder, 'fresh'):
-        theirs = _from_scratch(encoder.fresh(seed), tuner, lambda fresh: run(fresh, 'from scratch'), vars(data).setdefault('_baseline_values', {}))
+    if scratch:
+        theirs = scratch()
         beside['from scratch'] = hits(theirs.argmax(1), y).value
         found |= {f'{k} from scratch': v for k, v in _top5(theirs, y).items()}
     score = hits(logits.argmax(1), y)
-    record = Record(protocol, score.value, name or getattr(encoder, 'tower', '') or 'encoder', data.name, _usual_chance(None, y, tuner.classes), 'top-1',
-                    architecture(encoder), 'image', _said(tuner, settings), '; '.join(filter(None, [data.note, note, _unseen(tuner), leak])), len(tuner.train),
-                    len(y), tuner.classes, seed, beside, getattr(encoder, 'tower', ''), found, pack_each(score.each), round(time.time() - began, 2), hardware(tuner.device))
+    notes = '; '.join(filter(None, [data.note, note, _unseen(tuner), tuner.leak]))
+    said = dict(settings=_said(tuner, settings), note=notes, n_train=len(tuner.train), n_test=len(y), n_classes=tuner.classes, seed=seed,
+                baselines=beside, chosen=found, each=pack_each(score.each), hardware=hardware(tuner.device),
+                seconds=round(time.time() - began, 2), **about(encoder, tuner.train, tuner.test, tuner.train.labels.cpu(), y))
+    called, chance = name or getattr(encoder, 'tower', '') or 'encoder', _usual_chance(None, y, tuner.classes)
+    record = Record(protocol, score.value, called, data.name, chance, **said)
     if out: record.save(out)
     return record
 
-# %% ../nbs/09b_finetune.ipynb #3a07c52d
-def _clean(data, encoder, overlap):
-    "(data without training images that are test images, where those are dropped; a note). ValueError where test images were learned from."
-    train, test = _labelled_splits(data, 'image')
-    use, leak = _no_leak(train, test, encoder, overlap, data.name)
-    return data if use is None else ImageData(train.subset(use), test, data.name, data.note), leak
-
+# %% ../nbs/09b_finetune.ipynb #aab4011b
 def _from_scratch(fresh, tuner, run, memory):
-    "Logits of the same recipe from random weights, remembered under all that they depend on."
-    key = _fingerprint(fresh, 'fine-tuning', repr(tuner.recipe), tuner.seed, tuner.bf16, tuner.resize, tuner.images, tuner.test.fingerprints())
-    if key not in memory: memory[key] = run(fresh).fit().predict()
-    return memory[key]
+    "A function that gives the logits of the same recipe from random weights, remembered under all that they depend on."
+    key = _fingerprint(fresh, 'fine-tuning', repr(tuner.recipe), tuner.seed, tuner.bf16, tuner.resize, tuner.images, tuner.test.content())
+    if key in memory: return lambda: memory[key]
+    theirs = run(fresh, 'from scratch') # made before any work: its folder may be taken
+    return lambda: memory.setdefault(key, theirs.fit().predict())
 
 def _top5(logits, y):
     "Top-5 accuracy where there are more than five classes."
@@ -595,7 +643,8 @@ def _top5(logits, y):
 
 def _said(tuner, settings):
     "What repeats a run."
-    more = dict(size=tuner.encoder.size, resize=tuner.resize, bf16=tuner.bf16, reported='average of the weights' if tuner.ema else 'last weights')
+    last = 'average of the weights' if tuner.ema else 'last weights'
+    more = dict(size=tuner.encoder.size, resize=tuner.resize, bf16=tuner.bf16, reported=last, **tuner.kept)
     return _plain(tuner.recipe) | settings | {k: v for k, v in more.items() if v}
 
 def _unseen(tuner):
@@ -608,8 +657,7 @@ def semi_supervised(encoder: nn.Module, # the start; left as it is
                     data: ImageData, # with labels in train and test
                     fraction: float = .01, # of the labels, where no files are named
                     files=None, # instead: a text file with image names, or the names; see `label_list`
-                    recipe: FineTuning | None = None, # None: `semi_supervised_recipe` for that fraction and style
-                    style: str = 'instdisc', # of that recipe: 'instdisc' or 'simclr'
+                    recipe: str | FineTuning = 'instdisc', # 'instdisc' or 'simclr' of `semi_supervised_recipe`, or one of your own
                     subset_seed: int = 0, # of the draw; not `seed`, so that several seeds learn from the same images
                     missing: str = 'refuse', # listed names that the data do not have: 'refuse', or 'skip'
                     name: str | None = None, # which encoder this is; None: its tower, or 'encoder'
@@ -625,9 +673,11 @@ def semi_supervised(encoder: nn.Module, # the start; left as it is
     train, test = _labelled_splits(data, 'image')
     few = label_fraction(train, fraction, subset_seed) if files is None else label_list(train, files, missing)
     part = ImageData(few, test, data.name, data.note)
-    recipe, more = _settled(recipe, partial(semi_supervised_recipe, len(few) / len(train), style), more)
+    share = len(few) / len(train) if files is not None else fraction # 1 % that was asked for is 1 %, with an image of each class at least
+    recipe, more = _settled(recipe, ('instdisc', 'simclr'), partial(semi_supervised_recipe, share), more)
     n = few.labels.bincount(); n = n[n > 0]
-    note = f'{len(few)} of {len(train)} labels: ' + (f'{n.min()}' if n.min() == n.max() else f'{n.min()} to {n.max()}') + f' images in each of {len(n)} classes'
-    which = dict(fraction=fraction, subset_seed=subset_seed) if files is None else dict(listed=_fingerprint(few.fingerprints())[:8])
+    each = f'{n.min()}' if n.min() == n.max() else f'{n.min()} to {n.max()}'
+    note = f'{len(few)} of {len(train)} labels: {each} images in each of {len(n)} classes'
+    which = dict(fraction=fraction, subset_seed=subset_seed) if files is None else dict(listed=_fingerprint(few.content())[:8])
     protocol = f'semi-supervised {100*fraction:g} %' if files is None else 'semi-supervised, listed'
     return _finetuned(encoder, data, part, recipe, protocol, which, note, name, seed, baselines, overlap, out, checkpoints, resume, more)

@@ -11,7 +11,6 @@ import difflib, json, math, re, sys, warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-import numpy as np
 import torch
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
@@ -439,8 +438,7 @@ def _filled(path, arch, arch_args, size, resize, tower, seed):
     try: found = fill_encoder(encoder, state, tower)
     except ValueError as e: raise ValueError(f'{path.name}: {e}') from e
     _doubt_heads(encoder, found.prefix)
-    beside, encoder.tower = path.with_name('trained_on.npy'), found.tower
-    if 'identity' in state and beside.is_file(): encoder.trained_on = torch.from_numpy(np.load(beside, allow_pickle=False))
+    encoder.tower, encoder.trained_on = found.tower, state.get('trained_on') # a checkpoint of this library knows its images
     encoder.card = dict(file=path.name, prefix=found.prefix, tower=found.tower) | (dict(resampled=found.resampled) if found.resampled else {})
     return encoder.eval()
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['frozen', 'extract', 'raw_pixels', 'topk_similar', 'vote', 'knn_predict', 'standardise', 'fit_linear', 'Record',
-           'pack_each', 'load_records', 'Score', 'hits', 'hardware', 'evaluate', 'architecture', 'accuracy', 'knn',
-           'linear', 'Table', 'table', 'patch_features', 'raw_patches', 'cell_labels', 'confusion', 'iou', 'segment',
-           'place_alone', 'segmentation', 'show_masks', 'neighbours', 'token_colours', 'show_tokens', 'heat',
-           'show_heat', 'feature_std', 'effective_rank', 'alignment', 'uniformity']
+           'pack_each', 'load_records', 'Score', 'hits', 'writable', 'about', 'hardware', 'evaluate', 'architecture',
+           'accuracy', 'knn', 'linear', 'Table', 'table', 'patch_features', 'raw_patches', 'cell_labels', 'confusion',
+           'iou', 'segment', 'place_alone', 'segmentation', 'show_masks', 'neighbours', 'token_colours', 'show_tokens',
+           'heat', 'show_heat', 'feature_std', 'effective_rank', 'alignment', 'uniformity']
 
 # %% ../nbs/08_probes.ipynb #4e1a7da1
 import base64
@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -25,7 +26,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from .data import ImageData, copies, fit
+from . import __version__
+from .data import ImageData, affordable, fit, known
 from .encoders import Features
 
 # %% ../nbs/08_probes.ipynb #ab2db96e
@@ -69,6 +71,18 @@ def _positive(**kw):
         if isinstance(v, bool) or not isinstance(v, int if whole else (int, float)) or not 0 < v < math.inf:
             raise ValueError(f'{name}={v!r}: expected a {"whole number of at least 1" if whole else "finite number above 0"}')
 
+# %% ../nbs/08_probes.ipynb #0d347ebc
+@contextmanager
+def _accepting(encoder, size):
+    "The encoder takes images of this size inside the block. ValueError if its patches do not divide them."
+    before = set(getattr(encoder, 'sizes', ()))
+    if before:
+        try: encoder.accept(size)
+        except ValueError as e: raise ValueError(f'size={size}: {e}') from e
+    try: yield encoder
+    finally:
+        if before: encoder.sizes = before
+
 # %% ../nbs/08_probes.ipynb #564107d5
 def extract(encoder: nn.Module, # ours, or any module from (B,3,size,size) floats in [0,1] to (B,D)
             images, # one split (`Images`), e.g. `data.train`
@@ -86,7 +100,7 @@ def extract(encoder: nn.Module, # ours, or any module from (B,3,size,size) float
     size, here, device = _place(encoder, size, device)
     if device != here: encoder = copy.deepcopy(encoder).to(device)
     feats, labels = [], []
-    with frozen(encoder), torch.autocast(device.type, torch.bfloat16, enabled=amp):
+    with frozen(encoder), _accepting(encoder, size), torch.autocast(device.type, torch.bfloat16, enabled=amp):
         for x, y in images.batches(size, batch_size, device=device, workers=workers, **({'resize': resize} if resize else {})):
             feats.append(_pick(encoder(x.float() / 255), layer).float().cpu()); labels.append(y)
     feats = torch.cat(feats)
@@ -111,7 +125,18 @@ class raw_pixels(nn.Module):
         x = F.adaptive_avg_pool2d(x, self.side) if x.shape[-1] > self.side else x
         return ((x - self.mean[:, None, None]) / self.std[:, None, None]).flatten(1)
 
-# %% ../nbs/08_probes.ipynb #edad1a22
+# %% ../nbs/08_probes.ipynb #a5dfe463
+def _first_largest(s, k):
+    "The `k` largest of every row (Q,N) in falling order, and where they are; of equal ones the first."
+    best, at = s.topk(k, dim=1, sorted=False)
+    tied = (s >= best.amin(1, keepdim=True)).sum(1) > k # more than k are as large as the k-th
+    if tied.any():
+        order = s[tied].sort(dim=1, descending=True, stable=True)
+        best[tied], at[tied] = order.values[:, :k], order.indices[:, :k]
+    at, order = at.sort(dim=1)
+    best, order = best.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return best, at.gather(1, order)
+
 def topk_similar(queries: Tensor, # (Q,D) features, any length
                  bank: Tensor, # (N,D) features, any length
                  k: int, # neighbours
@@ -129,11 +154,11 @@ def topk_similar(queries: Tensor, # (Q,D) features, any length
         q, best, at = F.normalize(q.to(device).float(), dim=1), None, None
         for start in range(0, len(bank), bank_chunk):
             b = F.normalize(bank[start:start + bank_chunk].to(device).float(), dim=1)
-            s, i = (q @ b.T).topk(min(k, len(b)), dim=1)
+            s, i = _first_largest(q @ b.T, min(k, len(b)))
             i = i + start
             if best is not None:
-                s, j = torch.cat([best, s], 1).topk(min(k, best.shape[1] + s.shape[1]), dim=1)
-                i = torch.cat([at, i], 1).gather(1, j)
+                s, j = torch.cat([best, s], 1).sort(dim=1, descending=True, stable=True)
+                s, i = s[:, :k], torch.cat([at, i], 1).gather(1, j[:, :k])
             best, at = s, i
         sims.append(best.to(queries.device)); inds.append(at.to(queries.device))
     return torch.cat(sims), torch.cat(inds)
@@ -178,7 +203,7 @@ def standardise(train: Tensor, # (N,D) features
     scale = torch.where(std > 1e-6 * mean.abs(), 1 / std, 0.) / train.shape[1]**.5
     return [(x - mean) * scale for x in (train, *others)]
 
-# %% ../nbs/08_probes.ipynb #0d347ebc
+# %% ../nbs/08_probes.ipynb #3df1677e
 @contextmanager
 def _one_thread(work): # multiplications in a step
     "One thread inside the block if a step has fewer than 1e8 multiplications."
@@ -190,7 +215,7 @@ def _one_thread(work): # multiplications in a step
 def _check_fit(epochs, lr, batch_size, weight_decay):
     "ValueError for settings that `fit_linear` cannot work with."
     _positive(epochs=epochs, lr=lr, batch_size=batch_size)
-    if not 0 <= weight_decay < math.inf: raise ValueError(f'weight_decay={weight_decay!r}: expected 0 or more')
+    if isinstance(weight_decay, bool) or not isinstance(weight_decay, (int, float)) or not 0 <= weight_decay < math.inf: raise ValueError(f'weight_decay={weight_decay!r}: expected 0 or more')
 
 # %% ../nbs/08_probes.ipynb #1ea5bcbe
 def fit_linear(x: Tensor, # (N,D) features, standardised
@@ -238,8 +263,11 @@ class Record:
     tower: str = '' # 'online' or 'target', where the encoder knows
     chosen: dict = field(default_factory=dict) # what the protocol chose by itself, e.g. a weight decay, and what else it found
     each: str = '' # what every test image got, packed: see `per_image`
-    seconds: float = 0. # that the evaluation took, baselines included
+    images: dict = field(default_factory=dict) # 'train' and 'test': a hash of the very images and labels
+    seconds: float = 0. # that the evaluation took, baselines included; little where features were kept
     hardware: str = '' # on which it ran
+    versions: dict = field(default_factory=dict) # of this package and of PyTorch
+    command: str = '' # that made it, if it was one of `ssl_patch`
 
     def __post_init__(self):
         for name, v in dict(value=self.value, chance=self.chance, **self.baselines).items():
@@ -288,15 +316,20 @@ Record.to_dict, Record.from_dict, Record.save = _to_dict, staticmethod(_from_dic
 # %% ../nbs/08_probes.ipynb #2c379f9a
 def _kind(r: Record) -> str:
     "What a record measured: all that is equal when it is measured again."
-    return json.dumps([r.protocol, r.encoder, r.tower, r.architecture, r.data, r.layer, r.metric, r.settings, r.n_train, r.n_test, r.seed], sort_keys=True)
+    return json.dumps([r.protocol, r.encoder, r.tower, r.architecture, r.data, r.layer, r.metric, r.settings, r.n_train, r.n_test, r.images, r.seed], sort_keys=True)
 
 def load_records(folder) -> list[Record]: # a run folder, or a `records.jsonl`
     "The records saved in a folder; of those measured again, the last. ValueError if there are none."
     path = Path(folder)
     path = path if path.suffix == '.jsonl' else path / 'records.jsonl'
     if not path.is_file(): raise ValueError(f'folder={str(folder)!r}: no records.jsonl there')
-    found = [Record.from_dict(json.loads(line)) for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
-    return list({_kind(r): r for r in found}.values())
+    found = {}
+    for n, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
+        if not line.strip(): continue
+        try: r = Record.from_dict(json.loads(line))
+        except (ValueError, TypeError) as e: raise ValueError(f'{path}, line {n} is not a record ({e}): mend or remove it') from e
+        found[_kind(r)] = r
+    return list(found.values())
 
 # %% ../nbs/08_probes.ipynb #2775460b
 def _settings(d):
@@ -350,22 +383,26 @@ def _check_overlap(overlap):
     if overlap not in ('refuse', 'drop', 'keep'): raise ValueError(f"overlap={overlap!r}: expected 'refuse', 'drop' or 'keep'")
 
 def _no_leak(train, test, encoder, overlap, name):
-    "(numbers of train images that may be used, or None for all; a note). ValueError where test images were learned from, unless that was asked for."
+    "(numbers of train images that may be used, or None for all; a note; settings). ValueError where test images were learned from, unless that was asked for."
     _check_overlap(overlap)
-    both, learned, notes, use = copies(train, test), getattr(encoder, 'trained_on', None), [], None
-    seen = both[:0] if learned is None else torch.isin(test.fingerprints(), learned).nonzero().flatten()
-    if len(both):
+    if not (affordable(train) and affordable(test)): return None, 'not checked for copies: too many files', {}
+    asked, learned, notes, use, said = test.fingerprints(), getattr(encoder, 'trained_on', None), [], None, {}
+    both = known(asked, train.fingerprints())
+    seen = known(asked, learned) if learned is not None else both & False
+    if n := int(both.sum()):
         if overlap == 'refuse':
-            raise ValueError(f"data={name!r}: {len(both)} of {len(test)} test images are in the train split too (the first: {both[0]}). "
+            raise ValueError(f"data={name!r}: {n} of {len(test)} test images are in the train split too (the first: {both.nonzero()[0, 0]}). "
                              "overlap='drop' leaves them out of train, overlap='keep' measures all the same and notes it")
-        if overlap == 'drop': use = (~torch.isin(train.fingerprints(), test.fingerprints())).nonzero().flatten()
-        notes.append(f"{len(both)} test images are in train too: {'left out there' if overlap == 'drop' else 'kept'}")
-    if len(seen):
+        if overlap == 'drop': use = (~known(train.fingerprints(), asked)).nonzero().flatten()
+        said['overlap'] = overlap
+        notes.append(f"{n} test images are in train too: {'left out there' if use is not None else 'kept'}")
+    if n := int(seen.sum()):
         if overlap != 'keep':
-            raise ValueError(f"data={name!r}: the encoder was pretrained on {len(seen)} of {len(test)} test images (the first: {seen[0]}). "
+            raise ValueError(f"data={name!r}: the encoder was trained on {n} of {len(test)} test images (the first: {seen.nonzero()[0, 0]}). "
                              "overlap='keep' measures all the same and notes it")
-        notes.append(f'pretrained on {len(seen)} of the test images')
-    return use, '; '.join(notes)
+        said['trained on test images'] = n
+        notes.append(f'trained on {n} of the test images')
+    return use, '; '.join(notes), said
 
 # %% ../nbs/08_probes.ipynb #c722a831
 def _fingerprint(*things):
@@ -381,22 +418,40 @@ def _fingerprint(*things):
             h.update(v.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if whole else repr(v).encode())
     return h.hexdigest()
 
-# %% ../nbs/08_probes.ipynb #2959a444
+# %% ../nbs/08_probes.ipynb #8d960265
+def _answer(encoder, size, layer='image', amp=False, device=None):
+    "What an encoder says of four fixed pictures of noise."
+    if layer not in _LAYERS: raise ValueError(f'layer={layer!r}: expected one of {_LAYERS}')
+    place = _place(encoder, size, device)[2]
+    x = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    if place != _place(encoder, size, None)[1]: encoder = copy.deepcopy(encoder).to(place)
+    with frozen(encoder), _accepting(encoder, size), torch.autocast(place.type, torch.bfloat16, enabled=amp): return _pick(encoder(x.to(place)), layer).float().cpu()
+
+def _read_features(file):
+    "Features from a file, or None where there is none that can be read."
+    try: return torch.from_numpy(np.load(file, allow_pickle=False)) if file and file.is_file() else None
+    except (ValueError, EOFError, OSError): return None
+
+def _write_features(file, x):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(f'.{os.getpid()}.tmp')
+    with open(aside, 'wb') as f: np.save(f, x.numpy())
+    aside.replace(file)
+
 def _remembered(data, encoder, images, cache=None, limit=2**29, **how):
     "`extract`, with the features of the last three encoders kept beside the data (up to half a gigabyte each), and in the folder `cache` if it is given."
     kept = vars(data).setdefault('_features', {})
     matters = {k: v for k, v in sorted(how.items()) if k not in ('batch_size', 'device', 'workers')}
-    key = _fingerprint(encoder, images.fingerprints(), repr(matters))
+    seen = _answer(encoder, _place(encoder, how.get('size'), None)[0], **{k: how[k] for k in ('layer', 'amp', 'device') if k in how})
+    key = _fingerprint(encoder, seen, images.content(), repr(matters))
     file = cache and Path(cache)/f'features_{key}.npy'
-    x = kept.pop(key, None)
-    if x is None and file and file.is_file(): x = torch.from_numpy(np.load(file, allow_pickle=False))
+    x, count = kept.pop(key, (None, 0))
+    if x is not None and x._version != count: x = None # somebody changed them in place
+    if x is None: x = _read_features(file)
     if x is None:
         x = extract(encoder, images, **how)[0]
-        if file:
-            file.parent.mkdir(parents=True, exist_ok=True); aside = file.with_suffix(f'.{os.getpid()}.tmp')
-            with open(aside, 'wb') as f: np.save(f, x.numpy())
-            aside.replace(file)
-    if x.numel()*4 <= limit: kept[key] = x # the newest last
+        if file: _write_features(file, x)
+    if x.numel()*4 <= limit: kept[key] = x, x._version # the newest last
     for old in list(kept)[:-6]: del kept[old]
     return x
 
@@ -414,6 +469,20 @@ def hits(pred: Tensor, # (M,) predicted labels
     "Top-1 accuracy."
     right = pred.cpu() == y.cpu()
     return Score(right.float().mean().item(), right)
+
+def writable(folder) -> Path: # made if it does not exist
+    "A folder that records can be written to. ValueError before any work if it cannot be one."
+    folder = Path(folder)
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise ValueError(f'out={str(folder)!r} cannot be a folder ({e.strerror})') from e
+    if not os.access(folder, os.W_OK): raise ValueError(f'out={str(folder)!r}: this folder cannot be written to')
+    return folder
+
+def about(encoder, train, test, y, v) -> dict: # stores and their labels or targets -> fields of a `Record`
+    "What a record says of encoder, images and circumstances."
+    word = Path(sys.argv[0]).name
+    return dict(tower=getattr(encoder, 'tower', ''), architecture=architecture(encoder), images=dict(train=_fingerprint(train.content(), y)[:12], test=_fingerprint(test.content(), v)[:12]),
+                versions=dict(ssl_patch=__version__, torch=torch.__version__), command=' '.join([word, *sys.argv[1:]]) if word == 'ssl_patch' else '')
 
 def hardware(device) -> str: # in words
     "Name of the GPU, or of the processor with its cores and PyTorch's threads."
@@ -438,36 +507,59 @@ def evaluate(score, # function (train_x, train_y, test_x, test_y, n_classes) -> 
              overlap: str = 'refuse', # where test images are in train: 'refuse', 'drop' or 'keep'
              out = None, # run folder to which the record is added
              whole: bool = False, # hand `score` two things more: the network that is measured, and the train images
+             least: int = 1, # train images that the protocol needs
              **extract_args, # batch_size, device, workers, size, resize, amp: as in `extract`; cache: a folder
             ) -> Record: # with its baselines
     "Score one protocol on an encoder and on its baselines. ValueError before any work if the data cannot be probed."
-    if odd := set(extract_args) - {'batch_size', 'device', 'workers', 'size', 'resize', 'amp', 'cache'}:
-        raise ValueError(f'{protocol} has no argument {sorted(odd)[0]!r}')
-    began, (train, test) = time.time(), _targeted_splits(data, layer, targets) if targets is not None else _labelled_splits(data, layer)
+    began = time.time()
+    train, test, y, v, said, note = _probed(data, layer, targets, encoder, overlap, least)
+    _check_how(protocol, extract_args, encoder); out = out and writable(out)
     size, _, device = _place(encoder, extract_args.pop('size', None), extract_args.get('device'))
-    use, leak = _no_leak(train, test, encoder, overlap, data.name)
-    y, v = (train.labels.cpu(), test.labels.cpu()) if targets is None else targets
-    if use is not None: train, y = train.subset(use), y[use]
     classes = int(max(y.max(), v.max())) + 1 if targets is None else y.shape[1]
     def measure(enc, layer):
         x, u = (_remembered(data, enc, s, **dict(extract_args, layer=layer, size=size)) for s in (train, test))
         s = score(x, y, u, v, classes, *((enc, train) if whole else ()))
         return s if isinstance(s, Score) else Score(float(s))
-    found, beside, memory = measure(encoder, layer), {}, vars(data).setdefault('_baseline_values', {})
+    broken, found, beside, memory = len(test.skipped), measure(encoder, layer), {}, vars(data).setdefault('_baseline_values', {})
+    if n := len(test.skipped) - broken: note.append(f'{n} test images cannot be read; others stood in for them')
     for what, enc in _baseline_encoders(encoder, data, size, seed) if baselines else ():
-        key = _fingerprint(enc, protocol, metric, repr(settings), layer, size, extract_args.get('resize'), extract_args.get('amp'), seed, y, v, train.fingerprints(), test.fingerprints())
+        key = _fingerprint(enc, protocol, metric, repr(settings), layer, size, extract_args.get('resize'), extract_args.get('amp'), seed, y, v, train.content(), test.content())
         if key not in memory: memory[key] = measure(enc, 'image' if what == 'raw pixels' else layer).value
         beside[what] = memory[key]
-    settings = dict(settings, size=size, **{k: extract_args[k] for k in ('resize', 'amp') if extract_args.get(k)})
-    record = Record(protocol, found.value, name or getattr(encoder, 'tower', '') or 'encoder', data.name, (chance or _usual_chance)(y, v, classes), metric,
-                    architecture(encoder), layer, settings, '; '.join(filter(None, [data.note, leak])), len(y), len(v), classes, seed, beside,
-                    getattr(encoder, 'tower', ''), found.chosen, pack_each(found.each), round(time.time() - began, 2), hardware(device))
+    settings = dict(settings, size=size, **{k: extract_args[k] for k in ('resize', 'amp') if extract_args.get(k)}, **said)
+    record = Record(protocol, found.value, name or getattr(encoder, 'tower', '') or 'encoder', data.name, (chance or _usual_chance)(y, v, classes), metric, layer=layer,
+                    settings=settings, note='; '.join(filter(None, [data.note, *note])), n_train=len(y), n_test=len(v), n_classes=classes, seed=seed, baselines=beside,
+                    chosen=found.chosen, each=pack_each(found.each), seconds=round(time.time() - began, 2), hardware=hardware(device), **about(encoder, train, test, y, v))
     if out: record.save(out)
     return record
 
+# %% ../nbs/08_probes.ipynb #35f81be6
+def _probed(data, layer, targets, encoder, overlap, least):
+    "(train, test, train labels, test labels, settings, notes) that may be measured with; ValueError otherwise."
+    train, test = _labelled_splits(data, layer, least) if targets is None else _targeted_splits(data, layer, targets)
+    use, leak, said = _no_leak(train, test, encoder, overlap, data.name)
+    y, v = (train.labels.cpu(), test.labels.cpu()) if targets is None else targets
+    if use is not None:
+        train, y = train.subset(use), y[use]
+        if len(y) < least: raise ValueError(f"k={least}: overlap='drop' leaves {len(y)} labelled images in the bank (train split of {data.name!r})")
+        if targets is None and len(y.unique()) < 2: raise ValueError(f"data={data.name!r}: overlap='drop' leaves fewer than two classes in train; nothing to tell apart")
+    unseen = int((~torch.isin(v, y)).sum()) if targets is None else 0
+    return train, test, y, v, said, [leak, f'{unseen} test images are of classes without a training image: errors' if unseen else '']
+
+def _check_how(protocol, how, encoder):
+    "ValueError for an argument that neither the protocol nor `extract` has, or of a wrong kind."
+    accepted = 'batch_size device workers size resize amp cache'.split()
+    if odd := sorted(set(how) - set(accepted)): raise ValueError(f'{protocol} has no argument {odd[0]!r}; those of every protocol: {", ".join(accepted)}, overlap, out')
+    whole = lambda v, least: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= least)
+    for k, least in (('batch_size', 1), ('workers', 0), ('size', 1), ('resize', 1)):
+        if not whole(how.get(k), least): raise ValueError(f'{k}={how[k]!r}: expected a whole number of at least {least}')
+    if how.get('resize') and how['resize'] < (how.get('size') or getattr(encoder, 'size', 1)): raise ValueError(f"resize={how['resize']}: expected at least the size of the cut")
+
 def _usual_chance(y, v, classes):
-    "Share of the most common test class; of targets, the mean share of ones, which is what a random order gets as average precision."
-    if v.ndim == 2: return ((v == 1).sum(0) / (v >= 0).sum(0).clamp_min(1)).double().mean().item()
+    "Share of the most common test class; of targets, the mean share of ones in classes that have any: the average precision of a random order."
+    if v.ndim == 2:
+        there = (v == 1).any(0)
+        return ((v == 1).sum(0) / (v >= 0).sum(0).clamp_min(1)).double()[there].mean().item() if there.any() else 0.
     return v.bincount().max().item() / len(v)
 
 # %% ../nbs/08_probes.ipynb #2f662c77
@@ -481,7 +573,8 @@ def _baseline_encoders(encoder, data, size, seed):
     "Raw pixels always; random weights where the encoder knows how to make itself anew."
     device = _place(encoder, size, None)[1]
     yield 'raw pixels', raw_pixels(size, data.mean, data.std).to(device)
-    if hasattr(encoder, 'fresh'): yield 'random encoder', encoder.fresh(seed).to(device)
+    if not hasattr(encoder, 'fresh'): return
+    yield 'random encoder', encoder.fresh(seed).to(device)
 
 # %% ../nbs/08_probes.ipynb #d4e7daf6
 def accuracy(pred: Tensor, # (N,) predicted labels
@@ -503,10 +596,9 @@ def knn(encoder: nn.Module, # to be measured; frozen meanwhile, left as it was
        ) -> Record:
     "Weighted kNN accuracy of a frozen encoder (InstDisc; DINO). ValueError before any work if arguments or data do not fit."
     _positive(k=k, T=T)
-    _labelled_splits(data, layer, k)
     device = more.get('device') or _place(encoder, 1, None)[1]
     def score(x, y, u, v, classes): return hits(knn_predict(u, x, y, k, T, classes, device=device), v)
-    return evaluate(score, encoder, data, 'kNN', dict(k=k, T=T), layer, name, seed, baselines, **more)
+    return evaluate(score, encoder, data, 'kNN', dict(k=k, T=T), layer, name, seed, baselines, least=k, **more)
 
 # %% ../nbs/08_probes.ipynb #f1b5e4b1
 def linear(encoder: nn.Module, # to be measured; frozen meanwhile, left as it was
@@ -580,7 +672,8 @@ def table(records: list[Record], # any number, of any encoders, protocols, data 
         for r in records:
             if what in r.baselines: put(label(what, r) if what == 'random encoder' else what, r, r.baselines[what])
     both = {r.encoder for r in records if len({o.tower for o in records if o.encoder == r.encoder}) > 1} # names that stand for both towers
-    for r in records: put(label(f'{r.encoder}, {r.tower or "unnamed"} tower' if r.encoder in both else r.encoder, r), r, r.value)
+    named = lambda r: r.tower not in r.encoder and (r.encoder in both or r.tower == 'target')
+    for r in records: put(label(f'{r.encoder}, {r.tower} tower' if named(r) else r.encoder, r), r, r.value)
     for r in records: put('chance', r, r.chance)
     metrics = {r.metric for r in records}
     corner = metrics.pop() if len(metrics) == 1 else 'encoder'
@@ -590,8 +683,11 @@ def table(records: list[Record], # any number, of any encoders, protocols, data 
 # %% ../nbs/08_probes.ipynb #2463cb4d
 def _footnotes(records, key, heads):
     "What the numbers are: data, settings, seeds."
-    for r in {r.data: r for r in records}.values():
-        yield f'- {r.data}: {r.n_classes} classes, {r.n_train} train and {r.n_test} test images' + f'; {r.note}' * bool(r.note)
+    said = lambda r: (r.data, r.note, r.n_train, r.n_test)
+    for r in {said(r): r for r in records}.values():
+        alike = [o for o in records if said(o) == said(r)]
+        who = f" ({', '.join(dict.fromkeys(f'{o.encoder}: {o.protocol}' for o in alike))})" if len({said(o) for o in records if o.data == r.data}) > 1 else ''
+        yield f'- {r.data}{who}: {r.n_classes} classes, {r.n_train} train and {r.n_test} test images' + f'; {r.note}' * bool(r.note)
     for r in {key(r): r for r in records}.values():
         trained = r.protocol.startswith(('fine-tuning', 'semi-supervised'))
         yield f'- {heads[key(r)]}: {r.metric}' + (', all weights trained; ' if trained else f' on {r.layer} features of the frozen encoder; ') + _settings(r.settings)
@@ -600,18 +696,7 @@ def _footnotes(records, key, heads):
     yield f'- mean ± standard deviation over seeds {", ".join(map(str, seeds))}' if len(seeds) > 1 else f'- seed {seeds[0]}'
     yield '- chance: always answering the most common test class' + ('; of mAP and R@k, a random order' if {r.metric for r in records} - {'top-1', 'mIoU', 'pixel accuracy'} else '')
 
-# %% ../nbs/08_probes.ipynb #3df1677e
-@contextmanager
-def _accepting(encoder, size):
-    "The encoder takes images of this size inside the block. ValueError if its patches do not divide them."
-    before = set(getattr(encoder, 'sizes', ()))
-    if before:
-        try: encoder.accept(size)
-        except ValueError as e: raise ValueError(f'size={size}: {e}') from e
-    try: yield encoder
-    finally:
-        if before: encoder.sizes = before
-
+# %% ../nbs/08_probes.ipynb #28218667
 def _pictures(images, what='images'):
     "ValueError unless these are images as uint8 (N,3,H,W)."
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from .data import ByteFiles, FileImages, ImageData, fit
-from .probes import (Record, Score, evaluate, frozen, hits, raw_pixels, topk_similar, _labelled_splits, _no_leak,
+from .probes import (Record, Score, evaluate, frozen, hits, raw_pixels, topk_similar, _fingerprint, _labelled_splits, _no_leak,
                               _one_thread, _pick, _place, _positive, _targeted_splits)
-from .views import Recipe, generator_for, make_view
+from .views import Recipe, draw_boxes, generator_for, resized_crop
 
 # %% ../nbs/08b_protocols.ipynb #82b2cab6
 knn_settings = {'instdisc': dict(k=200, T=.07), # arXiv 1805.01978
@@ -52,14 +52,19 @@ class LinearRecipe:
 def _check_linear(r):
     "ValueError for a recipe that cannot be followed."
     _positive(epochs=r.epochs, batch_size=r.batch_size, lr=r.lr, **({'lr_batch': r.lr_batch} if r.lr_batch is not None else {}))
-    for name, known in dict(schedule=('steps', 'cosine', 'cosine per epoch'), start=('normal', 'torch')).items():
-        if getattr(r, name) not in known: raise ValueError(f'{name}={getattr(r, name)!r}: expected one of {known}')
-    if not all(0 < d <= 1 for d in r.drops): raise ValueError(f'drops={r.drops}: expected shares of the run, above 0 and up to 1')
-    if not 0 <= r.momentum < 1: raise ValueError(f'momentum={r.momentum}: expected 0 or more and below 1')
+    number = lambda v, low, high: isinstance(v, (int, float)) and not isinstance(v, bool) and low <= v < high
+    shares = isinstance(r.drops, (tuple, list)) and all(number(d, 1e-9, 1 + 1e-9) for d in r.drops)
+    area = r.scale is None or isinstance(r.scale, (tuple, list)) and len(r.scale) == 2 and all(number(s, 1e-6, 1 + 1e-9) for s in r.scale)
+    accepted = dict(schedule=(r.schedule in ('steps', 'cosine', 'cosine per epoch'), "'steps', 'cosine' or 'cosine per epoch'"),
+                    start=(r.start in ('normal', 'torch'), "'normal' or 'torch'"), nesterov=(isinstance(r.nesterov, bool), 'True or False'),
+                    drops=(shares, 'a tuple of shares of the run, above 0 and up to 1'),
+                    momentum=(number(r.momentum, 0, 1), '0 or more and below 1'), flip=(number(r.flip, 0, 1 + 1e-9), 'a chance, 0 to 1'),
+                    weight_decay=(number(r.weight_decay, 0, math.inf), 'a finite number of 0 or more'),
+                    pad=(isinstance(r.pad, int) and number(r.pad, 0, math.inf), 'a whole number of pixels, 0 or more'),
+                    scale=(area and (r.scale is None or r.scale[0] <= r.scale[1]), '(smallest, largest) area, up to 1, or None'))
+    for name, (fits, words) in accepted.items():
+        if not fits: raise ValueError(f'{name}={getattr(r, name)!r}: expected {words}')
     if r.nesterov and not r.momentum: raise ValueError('nesterov=True: needs a momentum above 0')
-    if not 0 <= r.weight_decay < math.inf: raise ValueError(f'weight_decay={r.weight_decay}: expected 0 or more')
-    if not isinstance(r.pad, int) or r.pad < 0: raise ValueError(f'pad={r.pad!r}: expected a whole number of pixels, 0 or more')
-    Recipe(8, scale=r.scale, flip=r.flip)
 
 linear_recipes = {'moco': LinearRecipe(),
                   'moco_v3': LinearRecipe(90, 1024, .1, 256, 'cosine per epoch'),
@@ -94,24 +99,30 @@ def pad_crop(x: Tensor, # (B,C,H,W)
 
 # %% ../nbs/08b_protocols.ipynb #817865ef
 def _augment(x, recipe, size, resize, generator):
-    "Train images (B,3,size,size), floats in [0,1], of uint8 (B,3,H,W)."
-    if recipe.scale is None: x = fit(x, size, resize)
-    x = make_view(x, Recipe(size, scale=recipe.scale, flip=recipe.flip), generator).x
+    "Train images (B,3,size,size), floats in [0,1], of uint8 (B,3,H,W), or of a list of (3,H,W) that may differ in size."
+    if recipe.scale is None: x = fit(x, size, resize) if isinstance(x, Tensor) else torch.stack([fit(i, size, resize) for i in x])
+    whole = isinstance(x, Tensor)
+    sizes = torch.tensor([tuple(i.shape[-2:]) for i in (x[:1] if whole else x)]).expand(len(x), 2)
+    box, flip = draw_boxes(Recipe(size, scale=recipe.scale, flip=recipe.flip), sizes, generator)
+    if whole: x = resized_crop(x, box.to(x.device), size, flip.to(x.device))
+    else: x = torch.cat([resized_crop(i[None], b[None], size, f[None]) for i, b, f in zip(x, box, flip)])
     return pad_crop(x, recipe.pad, generator) if recipe.pad else x
 
 class _Augmented(torch.utils.data.Dataset):
-    "What a worker does with image i of a stream."
+    "What a worker does with batch number n of a stream."
     def __init__(self, store, recipe, size, resize, keys): self.store, self.how, self.keys = store, (recipe, size, resize), keys
-    def __getitem__(self, i): return _augment(self.store[i][None], *self.how, generator_for(*self.keys, i))[0]
+    def __getitem__(self, batch):
+        n, numbers = batch
+        return _augment([self.store[i] for i in numbers], *self.how, generator_for(*self.keys, n))
 
 def _augmented(store, recipe, size, resize, batches, keys, device, workers):
-    "Augmented images of each of `batches` (tensors of image numbers), on `device`; random numbers depend on `keys` alone."
+    "Augmented images of each of `batches` (tensors of image numbers), on `device`; random numbers depend on `keys` and the batch's number."
     x = getattr(store, 'images', None)
     if x is not None:
         return (_augment(x[b.to(x.device)].to(device), recipe, size, resize, generator_for(*keys, n)) for n, b in enumerate(batches))
-    dataset, batches = _Augmented(store, recipe, size, resize, keys), [b.tolist() for b in batches]
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers)
-    return (x.to(device) for x in loader)
+    numbered = [(n, b.tolist()) for n, b in enumerate(batches)]
+    dataset = _Augmented(store, recipe, size, resize, keys)
+    return (x.to(device) for x in torch.utils.data.DataLoader(dataset, batch_size=None, sampler=numbered, num_workers=workers))
 
 # %% ../nbs/08b_protocols.ipynb #9d869e45
 def _feature_epochs(encoder, store, recipe, views, seed, layer, size, resize, device, workers, amp):
@@ -152,7 +163,7 @@ def train_head(epoch, # function: number of an epoch -> batches of (features (b,
 # %% ../nbs/08b_protocols.ipynb #15df731c
 def _linear_settings(recipe, more):
     "(name, LinearRecipe, arguments that are no fields of it); ValueError for a name that is not known."
-    if not isinstance(recipe, LinearRecipe) and recipe not in linear_recipes:
+    if not isinstance(recipe, LinearRecipe) and not (isinstance(recipe, str) and recipe in linear_recipes):
         raise ValueError(f'recipe={recipe!r}: expected a LinearRecipe or one of {tuple(linear_recipes)}')
     name, recipe = ('custom', recipe) if isinstance(recipe, LinearRecipe) else (recipe, linear_recipes[recipe])
     mine = {f.name for f in fields(LinearRecipe)}
@@ -167,11 +178,12 @@ def linear_probe(encoder: nn.Module, # to be measured; frozen meanwhile, left as
                  name: str | None = None, # which encoder this is; None: its tower, or 'encoder'
                  seed: int = 0, # of views, order and start, of the random encoder, and for the record
                  baselines: bool = True, # also raw pixels and random weights, trained the same way
-                 **more, # fields of `LinearRecipe` (epochs, lr, ...); overlap, out, device, workers, size, resize, amp, cache: as in `evaluate`
+                 **more, # fields of `LinearRecipe` (epochs, lr, ...); overlap, out, resize, device and others of `evaluate`
                 ) -> Record:
-    "Linear classification of augmented images by a frozen encoder; top-1 at the last epoch. ValueError before any work for what does not fit."
+    "Linear classification of augmented images by a frozen encoder; top-1 at the last epoch. ValueError before work for what does not fit."
     called, recipe, more = _linear_settings(recipe, more)
     if views is not None: _positive(views=views)
+    recipe = replace(recipe, batch_size=min(recipe.batch_size, len(_labelled_splits(data, layer)[0]))) # a rate for a batch follows it
     size, _, device = _place(encoder, more.get('size'), more.get('device'))
     def score(x, y, u, v, classes, net, store):
         raw, net = isinstance(net, raw_pixels), net if _place(net, size, None)[1] == device else copy.deepcopy(net).to(device)
@@ -184,9 +196,10 @@ def linear_probe(encoder: nn.Module, # to be measured; frozen meanwhile, left as
     settings = dict(recipe=called, views=views or 'fresh', **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()})
     return evaluate(score, encoder, data, 'linear, augmented', settings, layer, name, seed, baselines, whole=True, **more)
 
-# %% ../nbs/08b_protocols.ipynb #0e08e3c3
-transfer_sets = {'food': 'top-1', 'cifar10': 'top-1', 'cifar100': 'top-1', 'sun397': 'top-1', 'cars': 'top-1', 'aircraft': 'mean per class',
-                 'voc2007': '11-point mAP', 'dtd': 'top-1', 'pets': 'mean per class', 'caltech101': 'mean per class', 'flowers': 'mean per class'}
+# %% ../nbs/08b_protocols.ipynb #1b7802b5
+transfer_sets = {'food': 'top-1', 'cifar10': 'top-1', 'cifar100': 'top-1', 'sun397': 'top-1', 'cars': 'top-1',
+                 'aircraft': 'mean per class', 'voc2007': '11-point mAP', 'dtd': 'top-1', 'pets': 'mean per class',
+                 'caltech101': 'mean per class', 'flowers': 'mean per class'}
 
 def per_class(pred: Tensor, # (M,) predicted labels
               y: Tensor, # (M,) true labels, 0 to C-1
@@ -209,7 +222,8 @@ def validation_split(y: Tensor, # (N,) labels, or (N,C) targets of 1, 0, -1
     else:
         left = (y == 1).sum(0)
         for i in order:
-            if len(val) < round(share * len(y)) and not ((y[i] == 1) & (left < 2)).any(): val.append(i[None]); left = left - (y[i] == 1).long()
+            if len(val) >= round(share * len(y)): break
+            if not ((y[i] == 1) & (left < 2)).any(): val.append(i[None]); left = left - (y[i] == 1).long()
     held = torch.zeros(len(y), dtype=torch.bool)
     held[torch.cat(val) if val else []] = True
     return (~held).nonzero().flatten(), held.nonzero().flatten()
@@ -222,10 +236,18 @@ def weight_decays(n: int = 45, # how many
     "Weight decays spaced evenly on a logarithmic scale."
     return torch.logspace(low, high, n, dtype=torch.double).tolist()
 
+def _in_words(wds):
+    "Weight decays for the settings: 'n from low to high' where that tells `weight_decays` how to make them, else all of them."
+    low, high = (f'{f(wds):g}' for f in (min, max))
+    again = weight_decays(len(wds), *(math.log10(float(w)) for w in (low, high)))
+    same = len(wds) > 4 and all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(sorted(wds), again))
+    return f'{len(wds)} from {low} to {high}' if same else sorted(wds)
+
 def _sklearn():
     "ImportError that says what to install, before any work starts."
     try: import sklearn # noqa: F401
-    except ImportError as e: raise ImportError("this protocol fits with scikit-learn: pip install 'ssl_patch[eval]' (or scikit-learn)") from e
+    except ImportError as e:
+        raise ImportError("this protocol fits with scikit-learn: pip install 'ssl_patch[eval]' (or scikit-learn)") from e
 
 def logistic_path(x: Tensor, # (N,D) features
                   y: Tensor, # (N,) labels, at least two
@@ -302,41 +324,62 @@ def _scored(answer, v, metric, classes):
     if metric == 'mean per class': return Score(per_class(answer, v, classes).nanmean().item())
     return Score(mean_average_precision(answer, v, metric.removesuffix(' mAP')))
 
-# %% ../nbs/08b_protocols.ipynb #3398c3b4
-def _check_logistic(data, layer, metric, targets, validation, wds, max_iter):
-    "(metric, weight decays); ValueError for what does not fit."
-    _sklearn(); _positive(max_iter=max_iter)
-    train = (_targeted_splits(data, layer, targets) if targets is not None else _labelled_splits(data, layer))[0]
+# %% ../nbs/08b_protocols.ipynb #68f6cfe3
+def _splits(data, layer, targets=None):
+    "Both splits, labelled, or whole where there are targets; ValueError naming what does not fit."
+    if targets is None: return _labelled_splits(data, layer)
+    if not isinstance(data, ImageData): raise ValueError(f'data: expected what images(...) returns, got {type(data).__name__}')
+    if not isinstance(targets, (tuple, list)) or not all(isinstance(t, Tensor) for t in targets):
+        what = ' and '.join(type(t).__name__ for t in targets) if isinstance(targets, (tuple, list)) else type(targets).__name__
+        raise ValueError(f'targets: expected a pair of tensors, (train (N,C), test (M,C)), got {what}')
+    return _targeted_splits(data, layer, targets)
+
+def _left(splits, encoder, overlap, name):
+    "Numbers of the train images that remain after `overlap='drop'`; ValueError where test images were learned from."
+    use = _no_leak(*splits, encoder, overlap, name)[0]
+    return torch.arange(len(splits[0])) if use is None else use
+
+# %% ../nbs/08b_protocols.ipynb #117acba3
+def _check_logistic(train, metric, targets, validation, wds, max_iter):
+    "(metric, weight decays, the strongest first); ValueError for what does not fit."
+    _positive(max_iter=max_iter)
     known = tuple(f'{k} mAP' for k in _AP) if targets is not None else ('top-1', 'mean per class')
     metric = metric or ('top-1' if targets is None else '11-point mAP')
-    if metric not in known: raise ValueError(f'metric={metric!r}: expected one of {known} {"without" if targets is None else "with"} targets')
-    wds = weight_decays() if wds is None else [float(w) for w in wds]
+    if metric not in known: raise ValueError(f'metric={metric!r}: expected one of {known} with{"out" if targets is None else ""} targets')
+    try: wds = sorted({float(w) for w in (weight_decays() if wds is None else wds)}, reverse=True)
+    except (TypeError, ValueError): raise ValueError(f'wds={wds!r}: expected a list of numbers above 0') from None
     if not wds or not all(0 < w < math.inf for w in wds): raise ValueError(f'wds={wds}: expected numbers above 0')
     if isinstance(validation, Tensor):
-        if validation.ndim != 1 or not 0 < len(validation.unique()) < len(train) or not 0 <= validation.min() <= validation.max() < len(train):
+        kind = validation.ndim == 1 and not (validation.is_floating_point() or validation.is_complex() or validation.dtype == torch.bool)
+        if not kind or not 0 < len(validation.unique()) < len(train) or not 0 <= validation.min() <= validation.max() < len(train):
             raise ValueError(f'validation: expected numbers of train images, 0 to {len(train) - 1}, not of all')
     elif not isinstance(validation, float) or not 0 < validation < 1:
-        raise ValueError(f'validation={validation!r}: expected a share, or numbers of train images')
+        raise ValueError(f'validation={validation!r}: expected a share, or a tensor with numbers of train images')
     return metric, wds
 
-def _still_there(validation, encoder, data, layer, targets, overlap):
-    "The numbers of these train images after `overlap='drop'` has taken out others."
-    train, test = _labelled_splits(data, layer) if targets is None else _targeted_splits(data, layer, targets)
-    use = _no_leak(train, test, encoder, overlap, data.name)[0]
-    return validation if use is None else torch.isin(use, validation).nonzero().flatten()
+# %% ../nbs/08b_protocols.ipynb #1446cb0e
+def _held_out(validation, y, use, seed):
+    "(numbers of the held-out images among those of `use`, what the settings say of them); ValueError if none are left, or nothing else."
+    if isinstance(validation, float): held, said = validation_split(y[use], validation, seed)[1], validation
+    else:
+        held = torch.isin(use, validation.to(use)).nonzero().flatten()
+        said = f'{len(held)} images, {_fingerprint(held)[:8]}'
+    if not len(held) and isinstance(validation, float):
+        raise ValueError('validation: every class has too few images to hold any out; give a single weight decay, wds=[...]')
+    if not 0 < len(held) < len(use): raise ValueError(f"validation: overlap='drop' leaves {len(held)} of these, {len(use)} in all")
+    return held, said
 
-def _choose_wd(x, y, classes, metric, validation, wds, max_iter, seed):
-    "{weight decay: score on held-out train images}, strongest first."
+def _choose_wd(x, y, classes, metric, held, wds, max_iter):
+    "{weight decay: score on the held-out train images}, strongest first."
     if len(wds) == 1: return {wds[0]: math.nan}
-    if isinstance(validation, float): tr, va = validation_split(y, validation, seed)
-    else: va = validation; tr = torch.ones(len(y), dtype=torch.bool).index_fill_(0, va, False).nonzero().flatten()
-    if not len(va): raise ValueError('validation: every class has too few images to hold any out; give a single weight decay, wds=[...]')
-    return {wd: _scored(a, y[va], metric, classes).value for wd, (a, _) in _fit_logistic(x[tr], y[tr], x[va], wds, max_iter).items()}
+    rest = torch.ones(len(y), dtype=torch.bool).index_fill_(0, held, False)
+    fitted = _fit_logistic(x[rest], y[rest], x[held], wds, max_iter)
+    return {wd: _scored(answer, y[held], metric, classes).value for wd, (answer, _) in fitted.items()}
 
 # %% ../nbs/08b_protocols.ipynb #521b9c8b
 def logistic(encoder: nn.Module, # to be measured; frozen meanwhile, left as it was
              data: ImageData, # labelled, or with `targets`: fitted on its train split, measured on its test split
-             metric: str | None = None, # 'top-1', 'mean per class' (see `transfer_sets`); with targets '11-point', 'interpolated' or 'area' + ' mAP'
+             metric: str | None = None, # 'top-1', 'mean per class' (see `transfer_sets`); with targets '11-point mAP', 'area mAP', ...
              targets: tuple | None = None, # (train (N,C), test (M,C)) of 1, 0, -1: one regression per class
              wds = None, # weight decays to choose from; None: 45 from 1e-6 to 1e5
              validation: float | Tensor = .2, # share of train held out to choose, or the numbers of the train images of an official split
@@ -347,19 +390,20 @@ def logistic(encoder: nn.Module, # to be measured; frozen meanwhile, left as it 
              baselines: bool = True, # also raw pixels and random weights
              **more, # overlap, out, and batch_size, device, workers, size, resize, amp, cache: as in `evaluate`
             ) -> Record: # `chosen`: the weight decay, its score on the held-out images, and whether the last fit converged
-    "Logistic regression on frozen features (linear transfer). ValueError before any work for what does not fit, ImportError without scikit-learn."
-    metric, wds = _check_logistic(data, layer, metric, targets, validation, wds, max_iter)
-    if isinstance(validation, Tensor): validation = _still_there(validation, encoder, data, layer, targets, more.get('overlap', 'refuse'))
+    "Logistic regression on frozen features (linear transfer). ValueError before work if something does not fit; needs scikit-learn."
+    _sklearn(); splits = _splits(data, layer, targets)
+    metric, wds = _check_logistic(splits[0], metric, targets, validation, wds, max_iter)
+    use, held, said = _left(splits, encoder, more.get('overlap', 'refuse'), data.name), None, None
+    if len(wds) > 1: held, said = _held_out(validation, (splits[0].labels if targets is None else targets[0]).cpu(), use, seed)
     def score(x, y, u, v, classes):
-        held_out = _choose_wd(x, y, classes, metric, validation, wds, max_iter, seed)
-        wd = max(held_out, key=held_out.get)
+        on_held = _choose_wd(x, y, classes, metric, held, wds, max_iter)
+        wd = max(on_held, key=on_held.get)
         answer, converged = _fit_logistic(x, y, u, [w for w in wds if w >= wd], max_iter)[wd]
         s = _scored(answer, v, metric, classes)
-        s.chosen = dict(wd=wd, converged=converged, **({} if len(wds) == 1 else {'validation': held_out[wd]}))
+        s.chosen = dict(wd=wd, converged=converged, **({} if len(wds) == 1 else {'validation': on_held[wd]}))
         return s
     def balanced(y, v, classes): return 1 / len(v.unique())
-    held = validation if isinstance(validation, float) else f'{len(validation)} images'
-    settings = dict(wds=f'{len(wds)} from {min(wds):g} to {max(wds):g}', validation=held, max_iter=max_iter)
+    settings = dict(wds=_in_words(wds), **({'validation': said} if len(wds) > 1 else {}), max_iter=max_iter)
     record = evaluate(score, encoder, data, 'logistic', settings, layer, name, seed, baselines, metric, targets,
                       balanced if metric == 'mean per class' else None, **more)
     if len(wds) > 1 and record.chosen['wd'] in (min(wds), max(wds)):
@@ -414,29 +458,33 @@ def draw_shots(targets: Tensor, # (N,C) of 1, 0, -1
 # %% ../nbs/08b_protocols.ipynb #1b252207
 def _one_vs_rest(data, layer):
     "Targets (N,C) and (M,C) of labels; an image without a label does not count."
-    found = [getattr(data, s).labels.cpu() for s in ('train', 'test') if _labelled_splits(data, layer)]
+    _labelled_splits(data, layer)
+    found = [s.labels.cpu() for s in (data.train, data.test)]
     C = int(max(y.max() for y in found)) + 1
     return tuple(F.one_hot(y.clamp_min(0), C).masked_fill((y < 0)[:, None], -1) for y in found)
 
-def _check_svm(data, targets, C, shots, draws, kind, negatives):
-    "ValueError for what `svm` cannot work with."
+def _check_svm(C, shots, draws, kind, negatives):
+    "All values of C; ValueError for what `svm` cannot work with."
     _sklearn(); _positive(draws=draws)
     Cs = C if isinstance(C, (tuple, list)) else (C,)
-    if not Cs or not all(isinstance(c, (int, float)) and 0 < c < math.inf for c in Cs): raise ValueError(f'C={C!r}: expected numbers above 0')
+    number = lambda c: isinstance(c, (int, float)) and not isinstance(c, bool) and 0 < c < math.inf
+    if not Cs or not all(map(number, Cs)): raise ValueError(f'C={C!r}: expected numbers above 0')
     if kind not in _AP: raise ValueError(f'kind={kind!r}: expected one of {_AP}')
-    if not (targets[1] == 1).any(): raise ValueError('targets: no test image has any of the classes')
-    named = lambda c: repr(data.classes[c]) if data.classes and len(data.classes) > c else str(c)
-    least = 3 if len(Cs) > 1 else 0
-    if shots is not None:
-        _positive(shots=shots)
-        if len(Cs) > 1: raise ValueError(f'C={C}: cannot be chosen from {shots} shots; give one value')
-        least = shots
-        if negatives not in ('shared', 'own'): raise ValueError(f"negatives={negatives!r}: expected 'shared' or 'own'")
-    for c, n in enumerate((targets[0] == 1).sum(0).tolist()):
-        if n < least and (shots or n):
-            why = f'shots={shots}' if shots else f'C={C}, chosen in 3 folds'
-            raise ValueError(f'{why}: class {named(c)} has only {n} positive train images')
+    if negatives not in ('shared', 'own'): raise ValueError(f"negatives={negatives!r}: expected 'shared' or 'own'")
+    if shots is not None: _positive(shots=shots)
+    if shots is not None and len(Cs) > 1: raise ValueError(f'C={C}: cannot be chosen from {shots} shots; give one value')
     return Cs
+
+def _check_counts(data, y, v, Cs, shots, dropped):
+    "ValueError where targets `y` of train, of which `dropped` were left out, have too few images of a class for the folds or the shots."
+    if not (v == 1).any(): raise ValueError('targets: no test image has any of the classes')
+    if shots is None and len(Cs) == 1: return
+    why, least = (f'shots={shots}', shots) if shots else (f'C={Cs}, chosen in 3 folds', 3)
+    for c, (n, others) in enumerate(zip((y == 1).sum(0).tolist(), (y == 0).sum(0).tolist())):
+        called = repr(data.classes[c]) if data.classes and len(data.classes) > c else str(c)
+        after = f" after overlap='drop' has left out {dropped}" if dropped else ''
+        if n < least and (shots or n): raise ValueError(f'{why}: class {called} has only {n} positive train images{after}')
+        if not shots and n and 0 < others < least: raise ValueError(f'{why}: class {called} has only {others} negative train images{after}')
 
 # %% ../nbs/08b_protocols.ipynb #a4c341b1
 def _svm_scores(x, y, u, Cs, seed, rows):
@@ -464,10 +512,12 @@ def svm(encoder: nn.Module, # to be measured; frozen meanwhile, left as it was
         baselines: bool = True, # also raw pixels and random weights
         **more, # overlap, out, and batch_size, device, workers, size, resize, amp, cache: as in `evaluate`
        ) -> Record: # `chosen`: C of every class where there was a choice, mAP of every draw where there were several
-    "mAP of one linear SVM per class (VOC07 protocol). ValueError before any work if something does not fit, ImportError without scikit-learn."
-    if targets is not None: _targeted_splits(data, layer, targets)
-    targets = _one_vs_rest(data, layer) if targets is None else targets
-    Cs = _check_svm(data, targets, C, shots, draws, kind, negatives)
+    "mAP of one linear SVM per class (VOC07 protocol). ValueError before work if something does not fit; needs scikit-learn."
+    Cs = _check_svm(C, shots, draws, kind, negatives)
+    if targets is None: targets = _one_vs_rest(data, layer)
+    splits = _splits(data, layer, targets)
+    use = _left(splits, encoder, more.get('overlap', 'refuse'), data.name)
+    _check_counts(data, targets[0][use], targets[1], Cs, shots, len(splits[0]) - len(use))
     def score(x, y, u, v, classes):
         (x, u), every = (F.normalize(t.double(), dim=1) for t in (x, u)), torch.arange(len(y))
         rows = [[every]*classes] if shots is None else [draw_shots(y, shots, seed*1000 + d, negatives) for d in range(draws)]
@@ -475,12 +525,13 @@ def svm(encoder: nn.Module, # to be measured; frozen meanwhile, left as it was
         values = [mean_average_precision(s, v, kind) for s, _ in found]
         chosen = {'draws': values} if shots is not None else {'C': found[0][1]} if len(Cs) > 1 else {}
         return Score(sum(values) / len(values), chosen=chosen)
-    settings = dict(C=list(C) if len(Cs) > 1 else float(Cs[0]), **({} if shots is None else dict(shots=shots, draws=draws, negatives=negatives)))
+    few = {} if shots is None else dict(shots=shots, draws=draws, negatives=negatives)
+    settings = dict(C=list(Cs) if len(Cs) > 1 else float(Cs[0]), **few)
     return evaluate(score, encoder, data, 'SVM', settings, layer, name, seed, baselines, f'{kind} mAP', targets, **more)
 
-# %% ../nbs/08b_protocols.ipynb #783813ee
-voc_classes = ['aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable', 'dog', 'horse', 'motorbike',
-               'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor']
+# %% ../nbs/08b_protocols.ipynb #a947b576
+voc_classes = ['aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable', 'dog', 'horse',
+               'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor']
 
 def _voc_table(root, split, names):
     "{class: 1, 0 or -1} of every image, from the files per class, or from the annotations."
@@ -508,7 +559,8 @@ def _voc_split(root, split, difficult):
     whole = all((root/'ImageSets'/'Main'/f'{c}_{split}.txt').is_file() for c in voc_classes)
     for part, end in (('JPEGImages', 'jpg'), *([] if whole else [('Annotations', 'xml')])):
         lack = [n for n in names if not (root/part/f'{n}.{end}').is_file()]
-        if lack: raise FileNotFoundError(f'split {split!r}: {len(lack)} of {len(names)} files are not in {part}, the first: {lack[0]}.{end}')
+        if not lack: continue
+        raise FileNotFoundError(f'split {split!r}: {len(lack)} of {len(names)} files are not in {part}, the first: {lack[0]}.{end}')
     y = _voc_table(root, split, names)
     store = FileImages(ByteFiles(root/'JPEGImages', [f'{n}.jpg' for n in names]), None, voc_classes, f'{root.name} {split}')
     return store, torch.where(y < 0, difficult, y)
@@ -519,7 +571,7 @@ def voc07(folder, # that holds VOC2007, or VOCdevkit/VOC2007, or is it
           test: str = 'test', # split to measure on
           difficult: int = -1, # target of an image with only difficult objects of a class: -1 does not count, 0 (as PCL) not there
          ) -> tuple: # (ImageData without labels, (train (N,20), test (M,20)) of 1, 0, -1)
-    "VOC's classification task, streamed from its folder, for `svm` and `logistic`. FileNotFoundError or ValueError that say what is missing."
+    "VOC's classification task, streamed from its folder, for `svm` and `logistic`. FileNotFoundError or ValueError say what is missing."
     if difficult not in (-1, 0): raise ValueError(f'difficult={difficult!r}: expected -1 (does not count) or 0 (not there)')
     places = [Path(folder), Path(folder)/f'VOC{year}', Path(folder)/'VOCdevkit'/f'VOC{year}']
     root = next((p for p in places if (p/'ImageSets').is_dir()), None)
@@ -541,7 +593,7 @@ def recall_at(queries: Tensor, # (Q,D) features, any length
     _, i = topk_similar(queries, gallery, max(k) + own, device=device)
     if own:
         other = i != torch.arange(len(i), device=i.device)[:, None]
-        other[other.all(1), -1] = False                                              # copies of the query filled all places: leave out the last
+        other[other.all(1), -1] = False                                 # copies of the query filled all places: leave out the last
         i = i[other].view(len(i), max(k))
     found = (labels.to(i.device)[i] == y.to(i.device)[:, None]).cummax(1).values
     return found[:, [n - 1 for n in k]]
@@ -597,15 +649,16 @@ def retrieval(encoder: nn.Module, # to be measured; frozen meanwhile, left as it
               **more, # overlap, out, and batch_size, device, workers, size, resize, amp, cache: as in `evaluate`
              ) -> Record: # the other R@k are in `chosen`. mAP sorts the whole gallery, so it is there only if asked for
     "Image retrieval by cosine similarity. ValueError before any work if arguments or data do not fit."
-    k, own = sorted({k} if isinstance(k, int) else set(k)), int(gallery == 'test')
     if gallery not in ('train', 'test'): raise ValueError(f"gallery={gallery!r}: expected 'train' or 'test'")
-    if not k: raise ValueError('k: expected at least one number')
-    for n in k: _positive(k=n)
+    many = isinstance(k, (tuple, list, range, set))
+    if many and not k: raise ValueError('k: expected at least one number')
+    for n in k if many else (k,): _positive(k=n)
+    k, own = sorted(set(k) if many else {k}), int(gallery == 'test')
     known = [*(f'R@{n}' for n in k), 'mAP']
     if metric not in known: raise ValueError(f'metric={metric!r}: expected one of {known}')
     room = len(_labelled_splits(data, layer)[own]) - own
     if k[-1] > room: raise ValueError(f'k={k[-1]}: the gallery has only {room} images')
-    device = more.get('device') or _place(encoder, 1, None)[1]
+    device = _place(encoder, more.get('size'), more.get('device'))[2]
     def score(x, y, u, v, classes):
         g, labels = (u, v) if own else (x, y)
         found = recall_at(u, g, v, labels, k, own, device)
@@ -614,4 +667,6 @@ def retrieval(encoder: nn.Module, # to be measured; frozen meanwhile, left as it
         values = {n: e.double().mean().item() for n, e in each.items()}
         return Score(values.pop(metric), each[metric], values)
     def chance(y, v, classes): return retrieval_chance(v, v if own else y, None if metric == 'mAP' else int(metric[2:]), own)
-    return evaluate(score, encoder, data, 'retrieval', dict(k=k, gallery=gallery), layer, name, seed, baselines, metric, None, chance, **more)
+    least = 1 if own else k[-1]
+    return evaluate(score, encoder, data, 'retrieval', dict(k=k, gallery=gallery), layer, name, seed, baselines, metric, None, chance,
+                    least=least, **more)

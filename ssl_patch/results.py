@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from statistics import mean, stdev
 from textwrap import fill
 from typing import NamedTuple
 import torch
-from .probes import Table, _columns, _footnotes, _grid, load_records
+from .probes import Table, _columns, _footnotes, _grid, _positive, load_records
 
 # %% ../nbs/10_results.ipynb #666526a6
 @dataclass(repr=False)
@@ -34,7 +35,8 @@ class Run:
     records: list # a `Record` per probe
     folder: str = '' # that it was read from
 
-    def __repr__(self): return f'{self.name}, seed {self.seed}: {len(self.history)} epochs' + ''.join(f', {r.protocol} {r.value:.3f}' for r in self.records)
+    def __repr__(self):
+        return f'{self.name}, seed {self.seed}: {len(self.history)} epochs' + ''.join(f', {r.protocol} {r.value:.3f}' for r in self.records)
 
 # %% ../nbs/10_results.ipynb #c9816261
 def name_and_seed(folder) -> tuple: # of a run, named NAME_seedN -> (name in words, seed)
@@ -49,7 +51,8 @@ def load_run(folder, # of one run
     "Read one folder. ValueError if it has neither a configuration nor records."
     folder = Path(folder)
     config, metrics, records = (folder/f for f in ('config.json', 'metrics.csv', 'records.jsonl'))
-    if not config.is_file() and not records.is_file(): raise ValueError(f'folder={folder.name!r}: neither config.json nor records.jsonl is there')
+    if not config.is_file() and not records.is_file():
+        raise ValueError(f'folder={folder.name!r}: neither config.json nor records.jsonl is there')
     said = json.loads(config.read_text(encoding='utf-8')) if config.is_file() else {}
     rows = list(csv.DictReader(metrics.read_text(encoding='utf-8').splitlines())) if metrics.is_file() else []
     history = [{k: float(v) for k, v in row.items() if v} for row in rows] # kNN is measured at some epochs only
@@ -66,9 +69,11 @@ def load_runs(folders, # a folder with one folder per run (it need not exist), a
               order=(), # names of methods in the order in which they are shown
               probed:bool=True, # leave out runs without records
              ) -> list: # of `Run`, by method and seed
-    "The runs in `folders`, each once. ValueError for a folder in a list that is not there."
+    "The runs in `folders`, each once. ValueError for what is no folder, and for a folder in a list that is not there."
     several, found = isinstance(folders, (list, tuple)), {}
-    for given in map(Path, folders if several else [folders]):
+    for given in folders if several else [folders]:
+        if not isinstance(given, (str, os.PathLike)): raise ValueError(f'folders={given!r}: expected a folder, or a list of folders')
+        given = Path(given)
         if several and not given.is_dir(): raise ValueError(f'folders: {given.name!r} is not there')
         inside = [given] if _is_run(given) else sorted(f for f in given.glob('*') if f.is_dir() and _is_run(f))
         found.update({f.resolve(): f for f in inside})
@@ -116,15 +121,18 @@ def _at(x, *path):
 def _network(e):
     "An encoder in words."
     kind, name = str(e.get('kind', '')), str(e.get('name', 'not recorded'))
-    return ', '.join([name if kind in name else f'{kind} {name}', *(f'{k} {v}' for k, v in e.items() if k not in ('kind', 'name', 'size') and v)])
+    more = [f'{k} {v}' for k, v in e.items() if k not in ('kind', 'name', 'size') and v]
+    return ', '.join([name if kind in name else f'{kind} {name}', *more])
 
 # %% ../nbs/10_results.ipynb #64abf8df
 def facts(run:Run) -> dict: # what -> value, in words
     "What has to be the same in all runs of a comparison."
     at, views = lambda *path: _at(run.config, *path), run.config.get('views') or [{}]
-    network = _network(run.config['encoder']) if run.config.get('encoder') else next((x.architecture for x in run.records if x.architecture), 'not recorded')
+    network = next((x.architecture for x in run.records if x.architecture), 'not recorded')
+    if run.config.get('encoder'): network = _network(run.config['encoder'])
     return {'data': f"{at('data', 'name')}, {at('data', 'train')} training images", 'views': f"{_at(views[0], 'size')} pixels wide",
-            'epochs': at('training', 'epochs'), 'batch': at('training', 'batch_size'), 'updates': updates(run) or 'not recorded', 'network': network,
+            'epochs': at('training', 'epochs'), 'batch': at('training', 'batch_size'),
+            'updates': updates(run) or 'not recorded', 'network': network,
             'optimiser': f"{at('training', 'optimizer')}, learning rate {at('lr')}, weight decay {at('training', 'weight_decay')}",
             'schedule': f"{at('training', 'warmup')} epoch of warm-up, then a cosine to 0, changed every {at('training', 'schedule')}",
             'bfloat16': {True: 'yes', False: 'no'}.get(at('bf16'), 'not recorded')}
@@ -147,11 +155,13 @@ def budget(runs, # at least one
     for r in runs:
         if not r.history: raise ValueError(f'{r.name}, seed {r.seed}: no epoch is recorded')
         done = r.history[-1]['epoch']
-        if done != r.config.get('training', {}).get('epochs', done): raise ValueError(f'{r.name}, seed {r.seed}: stopped after epoch {done:.0f}')
+        if done != r.config.get('training', {}).get('epochs', done):
+            raise ValueError(f'{r.name}, seed {r.seed}: stopped after epoch {done:.0f}')
     took, every = [r.history[-1]['seconds'] for r in runs], lambda f: ', '.join(sorted({f(r.config) for r in runs}))
     versions = lambda c: ', '.join(f'{k} {v}' for k, v in c.get('versions', {}).items() if k != 'commit') or 'not recorded'
     return md_table(['', f'{len(runs)} runs'], [
-        *_shared(runs, differ), ('seeds', ', '.join(map(str, sorted({r.seed for r in runs})))), ('hardware of one run', every(lambda c: _at(c, 'hardware'))),
+        *_shared(runs, differ), ('seeds', ', '.join(map(str, sorted({r.seed for r in runs})))),
+        ('hardware of one run', every(lambda c: _at(c, 'hardware'))),
         ('training, one run', f'{mean(took)/60:.1f} minutes ({min(took)/60:.1f} to {max(took)/60:.1f})'),
         ('training, all runs, summed', f'{sum(took)/3600:.1f} hours'), ('versions', every(versions)),
         ('commits of the project', every(lambda c: str(_at(c, 'versions', 'commit'))))])
@@ -168,12 +178,31 @@ def recipes(runs, # the first run of each method is described
 # %% ../nbs/10_results.ipynb #e58b2c51
 _COUNTS = 'n_train', 'n_test', 'n_classes', 'chance'
 
+def _alike(records):
+    "Lists of numbers of records that would stand in one column."
+    key, groups = _columns(records)[0], {}
+    for i, x in enumerate(records): groups.setdefault(key(x), []).append(i)
+    return groups.values()
+
 def _marked(records):
     "The records, with counts of images and chance among the settings where records that look alike differ in them."
-    alike, key = {}, _columns(records)[0]
-    for x in records: alike.setdefault(key(x), []).append(x)
-    apart = {k: [n for n in _COUNTS if len({round(getattr(x, n), 4) for x in same}) > 1] for k, same in alike.items()}
-    return [replace(x, settings={**x.settings, **{n: round(getattr(x, n), 4) for n in apart[key(x)]}}) for x in records]
+    out = list(records)
+    for same in _alike(records):
+        apart = [n for n in _COUNTS if len({round(getattr(records[i], n), 4) for i in same}) > 1]
+        for i in same: out[i] = replace(out[i], settings={**out[i].settings, **{n: round(getattr(out[i], n), 4) for n in apart}})
+    return _marked_images(out)
+
+# %% ../nbs/10_results.ipynb #eecd7d11
+def _marked_images(records):
+    "The records, with a short hash of the test images among the settings where all else is alike and these are known to differ."
+    out = list(records)
+    for same in _alike(records):
+        seen = {i: str(records[i].images.get('test') or '') for i in same}
+        known = set(seen.values()) - {''}
+        if len(known) < 2: continue
+        short = next(n for n in range(6, 999) if len({h[:n] for h in known}) == len(known))
+        for i, h in seen.items(): out[i] = replace(out[i], settings={**out[i].settings, 'test_images': h[:short] or 'not_recorded'})
+    return out
 
 # %% ../nbs/10_results.ipynb #34ec56b5
 def _apart(what, value):
@@ -186,13 +215,15 @@ def _names_apart(runs):
     for i, r in enumerate(runs): alike.setdefault(r.name, []).append(i)
     for name, group in alike.items():
         told = {i: facts(runs[i]) for i in group}
-        differ = [w for w in told[group[0]] if w != 'updates' and len({str(t[w]) for t in told.values() if 'not recorded' not in str(t[w])}) > 1]
+        known = lambda w: {s for t in told.values() if 'not recorded' not in (s := str(t[w]))}
+        differ = [w for w in told[group[0]] if w != 'updates' and len(known(w)) > 1]
         out.update({i: ', '.join([name, *(_apart(w, told[i][w]) for w in differ)]) for i in group})
     seen = {}
     for i, r in enumerate(runs): seen.setdefault((out[i], r.seed), []).append(i)
     twice = {n for (n, _), group in seen.items() if len(group) > 1}
     out = {i: f'{n}, {Path(runs[i].folder).parent.name}' if n in twice else n for i, n in out.items()}
-    if len({(out[i], r.seed) for i, r in enumerate(runs)}) < len(runs): raise ValueError(f'runs: {", ".join(sorted(twice))}: the same seed is given twice')
+    if len({(out[i], r.seed) for i, r in enumerate(runs)}) < len(runs):
+        raise ValueError(f'runs: {", ".join(sorted(twice))}: the same seed is given twice')
     return out
 
 # %% ../nbs/10_results.ipynb #31d3e79a
@@ -204,10 +235,15 @@ class Entry(NamedTuple):
     run: Run
     record: object
 
+def _own_seed(run):
+    "Whether a run says its seed, by the name of its folder or by its configuration."
+    try: return bool(name_and_seed(run.folder))
+    except ValueError: return bool(run.config or run.seed)
+
 def _entries(runs, protocols=None):
     "All records of some protocols with row and column, and what `_footnotes` needs to tell of them."
     names = _names_apart(runs)
-    seed = lambda r, x: r.seed if r.config or r.seed else x.seed
+    seed = lambda r, x: r.seed if _own_seed(r) else x.seed
     found = [(names[i], seed(r, x), r, x) for i, r in enumerate(runs) for x in r.records if protocols is None or x.protocol in protocols]
     order = list(dict.fromkeys(protocols or [x.protocol for *_, x in found]))
     found.sort(key=lambda e: order.index(e[3].protocol)) # stable: runs keep their order
@@ -216,17 +252,61 @@ def _entries(runs, protocols=None):
     towers, places = {x.tower for *_, x in found}, Counter()
     columns = [heads[key(y)] for y in marked]
     for c, (n, s, _, x) in zip(columns, found): places[n, c, s, x.tower, x.seed] += 1
-    many = {n for (n, *_), k in places.items() if k > 1} # several encoders in one folder: measured alike, or in a folder that is no run of ours
+    many = {n for (n, *_), k in places.items() if k > 1} # several encoders in a folder: measured alike, or it is no run of ours
     many |= {n for n, _, r, _ in found if not r.config and len({x.encoder for x in r.records}) > 1}
     row = lambda n, x: ', '.join([n, *[x.encoder]*(n in many), *[f'{x.tower or "unnamed"} tower']*(len(towers) > 1)])
-    return [Entry(row(n, x), c, s, r, x) for c, (n, s, r, x) in zip(columns, found)], list(_footnotes(marked, key, heads)) if marked else []
+    return [Entry(row(n, x), c, s, r, x) for c, (n, s, r, x) in zip(columns, found)], marked
+
+# %% ../nbs/10_results.ipynb #a61d0a27
+def _parts(note): return [p for p in note.split('; ') if p]
+
+def _common_notes(entries):
+    "Data -> what the notes of all its records say."
+    found = {}
+    for e in entries:
+        said = _parts(e.record.note)
+        found[e.record.data] = [p for p in found.get(e.record.data, said) if p in said]
+    return found
+
+def _notes_of_rows(entries, common):
+    "A line for each note that not all records of its data have: rows, columns, and what it says."
+    held, where = {}, {} # seeds of a row in a column; those that have the note
+    for e in entries:
+        held.setdefault((e.column, e.row), set()).add(e.seed)
+        for p in _parts(e.record.note):
+            if p not in common[e.record.data]: where.setdefault(p, {}).setdefault(e.column, {}).setdefault(e.row, set()).add(e.seed)
+    few = lambda h, row, seeds: f' (seed {", ".join(map(str, sorted(seeds)))})'*(seeds < held[h, row])
+    for p, by in where.items():
+        alike = {}
+        for h, rows in by.items():
+            alike.setdefault(', '.join(row + few(h, row, seeds) for row, seeds in rows.items()), []).append(h)
+        for rows, columns in alike.items(): yield f'{rows} in {" and ".join(columns)}: {p}'
+
+# %% ../nbs/10_results.ipynb #b8fdf115
+def _odd_notes(entries):
+    "Lines on runs that were measured with another seed than their own, and on columns with several sets of training images."
+    other, learned = {}, {}
+    for e in entries:
+        if e.record.seed != e.seed: other.setdefault((e.row, e.seed), set()).add(e.record.seed)
+        if h := e.record.images.get('train'): learned.setdefault(e.column, set()).add(h)
+    for (row, seed), found in other.items():
+        yield f'{row}: the run of seed {seed} was measured with seed {", ".join(map(str, sorted(found)))}'
+    for column, found in learned.items():
+        if len(found) > 1: yield f'{column}: {len(found)} different sets of training images'
+
+def _notes(entries, marked):
+    "(what was measured, what belongs to some rows only): lines of text."
+    common, (key, heads) = _common_notes(entries), _columns(marked)
+    shared = _footnotes([replace(x, note='; '.join(common[x.data])) for x in marked], key, heads)
+    return list(shared), [*_notes_of_rows(entries, common), *_odd_notes(entries)]
 
 # %% ../nbs/10_results.ipynb #76ec1ee1
 class Comparison:
     "Runs side by side: `table`, `differences`, `csv`, `plot()`, `save(folder)`."
     def __init__(self, runs, baseline, protocols, draws, seed):
         self.runs, self.draws, self.seed = runs, draws, seed
-        self.entries, self.notes = _entries(runs, protocols)
+        self.entries, marked = _entries(runs, protocols)
+        self.notes, self.notes_of_rows = _notes(self.entries, marked) if marked else ([], [])
         self.columns = list(dict.fromkeys(e.column for e in self.entries))
         order = {id(r): i for i, r in enumerate(runs)}
         rows = dict.fromkeys(e.row for e in sorted(self.entries, key=lambda e: order[id(e.run)]))
@@ -244,18 +324,43 @@ class Comparison:
         u, v = self.values(a, column), self.values(b, column)
         return {s: 100*(u[s] - v[s]) for s in u if s in v}
 
+# %% ../nbs/10_results.ipynb #223e59a3
+def _measured(runs):
+    "What was given, as a list of `Run` with records. ValueError naming what is no folder, and a folder without records."
+    given = list(runs) if isinstance(runs, (list, tuple)) else [runs]
+    if given and all(isinstance(r, Run) for r in given):
+        if not any(r.records for r in given): raise ValueError(f'runs: {", ".join(names(given))}: no records')
+        return given
+    if not given: raise ValueError('runs: none given')
+    for f in given:
+        if not isinstance(f, (str, os.PathLike)):
+            raise ValueError(f'runs={f!r}: expected a folder, a list of folders, or what `load_runs` gave')
+        if not Path(f).is_dir(): raise ValueError(f'runs: the folder {str(f)!r} is not there')
+        if not load_runs(f): raise ValueError(f'runs: the folder {str(f)!r} has no run with records')
+    return load_runs(given)
+
+def _asked(runs, protocols):
+    "The protocols that were asked for, as a list. ValueError for one that no record has."
+    if protocols is None: return None
+    there = dict.fromkeys(x.protocol for r in runs for x in r.records)
+    asked = [protocols] if isinstance(protocols, str) else list(protocols) if isinstance(protocols, (list, tuple)) else []
+    odd = [p for p in asked if p not in there]
+    lack = f'no record of {", ".join(map(str, odd))}; '*bool(odd)
+    if odd or not asked: raise ValueError(f'protocols={protocols!r}: {lack}there is {", ".join(there)}')
+    return asked
+
 # %% ../nbs/10_results.ipynb #0c084d22
 def compare(runs, # as `load_runs` takes them, or what it gave
             baseline:str|None=None, # the method (as its row is named) that the others are compared with; None: the first
-            protocols=None, # names of protocols, in the order of their columns; None: all
+            protocols=None, # name of a protocol, or several in the order of their columns; None: all
             draws:int=2000, # of the bootstrap
             seed:int=0, # of the bootstrap
            ) -> Comparison:
-    "Compare run folders. ValueError if there are no runs, or if `baseline` is not among them."
-    given = list(runs) if isinstance(runs, (list, tuple)) else [runs]
-    given = given if given and all(isinstance(r, Run) for r in given) else load_runs(runs)
-    if not given: raise ValueError('runs: none given, or none with records')
-    return Comparison(given, baseline, protocols, draws, seed)
+    "Compare run folders. ValueError for a folder without records, a protocol or `baseline` that is not there, and draws that are no count."
+    _positive(draws=draws)
+    if isinstance(seed, bool) or not isinstance(seed, int): raise ValueError(f'seed={seed!r}: expected a whole number')
+    given = _measured(runs)
+    return Comparison(given, baseline, _asked(given, protocols), draws, seed)
 
 # %% ../nbs/10_results.ipynb #0bd2ce17
 def _only_here(architectures):
@@ -291,7 +396,8 @@ def _score_table(c):
     "A row for chance, then one per baseline and method; what was measured stands below."
     metrics = sorted({e.record.metric for e in c.entries})
     head = [f'{metrics[0]}, %' if len(metrics) == 1 else '%', *c.columns, 'seeds']
-    return Table('\n'.join([*_grid(head, [[n, *cells, k] for n, cells, k in _scored(c)]), '', *c.notes]))
+    notes = c.notes + [f'- {line}' for line in c.notes_of_rows]
+    return Table('\n'.join([*_grid(head, [[n, *cells, k] for n, cells, k in _scored(c)]), '', *notes]))
 
 Comparison.table = property(_score_table)
 
@@ -311,7 +417,8 @@ def _paired(a, b):
     if not seeds: raise ValueError(f'a, b: seeds {sorted(a)} and {sorted(b)} have none in common')
     both = [torch.as_tensor(x[s]).double() for s in seeds for x in (a, b)]
     if min(v.ndim for v in both) == 0: both = [v.mean() for v in both]
-    if len({v.shape for v in both}) > 1: raise ValueError(f'a, b: results on {sorted({len(v) for v in both})} test images; expected the same images in all')
+    if len({v.shape for v in both}) > 1:
+        raise ValueError(f'a, b: results on {sorted({len(v) for v in both})} test images; expected the same images in all')
     return torch.stack([u - v for u, v in zip(both[::2], both[1::2])]).reshape(len(seeds), -1)
 
 def _counts(n, draws, generator):
@@ -331,14 +438,26 @@ def paired_bootstrap(a:dict, # seed -> (M,) what each test image got, or one num
                      draws:int=2000, # bootstrap samples
                      seed:int=0, # of these draws
                     ) -> tuple: # mean of a - b, and the 2.5 and 97.5 percentiles
-    "Bootstrap over seeds and test images (Owen 2007); over what there are several of. NaN for both percentiles if nothing is. ValueError if a and b do not fit."
-    if draws < 1: raise ValueError(f'draws={draws}: expected a whole number of at least 1')
+    "Bootstrap over seeds and test images, where there are several (Owen 2007); otherwise NaN for both. ValueError if a and b do not fit."
+    _positive(draws=draws)
     d = _paired(a, b)
     (S, M), d32 = d.shape, d.float().T
     if S == M == 1: return d.item(), math.nan, math.nan
     u, w = _drawn(S, M, draws, seed)
-    found = (u * torch.cat([piece.float() @ d32 for piece in w])).sum(1, dtype=torch.double)/(S*M)
+    by_seed = torch.cat([piece.float() @ d32 for piece in w]).double()/M # (draws, S)
+    centre = by_seed.mean(1)
+    found = centre + math.sqrt(S/max(S - 1, 1))*((u * by_seed).sum(1)/S - centre)
     return d.mean().item(), *found.quantile(torch.tensor([.025, .975], dtype=torch.double)).tolist()
+
+# %% ../nbs/10_results.ipynb #d9897acc
+_HOLDS = {2: 61, 3: 81, 4: 84} # seeds -> per cent of experiments in which the interval holds the true difference, where seeds alone matter
+
+def _few_seeds(found):
+    "What is known of intervals from so few seeds; nothing where there are five or more."
+    n = {len(d.gaps) for d in found if d.over}
+    few = ', '.join(f'{_HOLDS[k]} % of experiments with {k} seeds' for k in sorted(n & _HOLDS.keys()))
+    if few: yield f'- few seeds: where chance lies in the seeds, such an interval holds the true difference in about {few}, and not in 95 %'
+    if 1 in n: yield '- one seed: such an interval says nothing about other seeds'
 
 # %% ../nbs/10_results.ipynb #4bbf6dea
 class Difference(NamedTuple):
@@ -361,7 +480,8 @@ def _difference(c, a, b, column):
         gaps = c.gaps(a, b, column)
         u, v = ({s: _per_image(c._found[n, column][s]) for s in gaps} for n in (a, b))
         seen = bool(gaps) and all(x is not None for x in [*u.values(), *v.values()])
-        drawn = [100*x for x in paired_bootstrap(*((u, v) if seen else (c.values(a, column), c.values(b, column))), c.draws, c.seed)] if gaps else []
+        if not seen: u, v = c.values(a, column), c.values(b, column)
+        drawn = [100*x for x in paired_bootstrap(u, v, c.draws, c.seed)] if gaps else []
         over = ' and '.join(['seeds']*(len(gaps) > 1) + ['test images']*seen)
         c._drawn[a, b, column] = Difference(gaps, mean(gaps.values()), *drawn[1:], over) if gaps else None
     return c._drawn[a, b, column]
@@ -371,7 +491,8 @@ def _gap_cell(d):
     "A difference in a few words."
     if d is None: return 'no seed in common'
     n, above = len(d.gaps), sum(x > 0 for x in d.gaps.values())
-    return f'{d.mean:+.1f} (' + (f'{d.low:+.1f} to {d.high:+.1f}; ' if d.over else '') + (f'above in {above} of {n})' if n > 1 else 'one seed)')
+    interval = f'{d.low:+.1f} to {d.high:+.1f}; ' if d.over else ''
+    return f'{d.mean:+.1f} ({interval}' + (f'above in {above} of {n})' if n > 1 else 'one seed)')
 
 def _drawn_over(found):
     "What the intervals are drawn over, for the columns that they stand in."
@@ -388,13 +509,15 @@ def _between(c, pairs, # (method, method it is compared with)
             ) -> Table: # mean difference in points, 95 % interval, and the seeds in which the first is above
     "Paired differences of several pairs."
     pairs, rows, notes, found = list(pairs), [], [], []
-    if odd := {n for p in pairs for n in p} - set(c.rows): raise ValueError(f'pairs: {", ".join(sorted(odd))}: there is {", ".join(c.rows)}')
+    odd = {n for p in pairs for n in p} - set(c.rows)
+    if odd: raise ValueError(f'pairs: {", ".join(sorted(odd))}: there is {", ".join(c.rows)}')
     for a, b in pairs:
         shared = [h for h in c.columns if c.values(a, h) and c.values(b, h)]
         if not shared: notes.append(f'- {a} and {b} have no column in common: they are not compared')
         rows.append([f'{a} over {b}', *(_gap_cell(_difference(c, a, b, h)) if h in shared else '–' for h in c.columns)])
         found += [(a, b, h, d) for h in shared if (d := _difference(c, a, b, h))]
-    if found: notes = [f'- mean difference in points; in brackets its 95 % interval ({c.draws} draws) and the seeds in which it is above 0', *_drawn_over(found), *notes]
+    what = f'- mean difference in points; in brackets its 95 % interval ({c.draws} draws) and the seeds in which it is above 0'
+    if found: notes = [what, *_drawn_over(found), *_few_seeds([d for *_, d in found]), *notes]
     return Table('\n'.join([*_grid(['points', *c.columns], rows), '', *notes]) if pairs else 'There is no pair to compare.')
 
 Comparison.between = _between
@@ -405,8 +528,9 @@ def _dots(ax, rows, colours, bars=None):
     "Dots and the bar of their mean, a row per name; `bars` name -> (low, high)."
     for y, (n, v) in enumerate(rows.items()):
         if not v: continue
-        if bars and not math.isnan(bars[n][0]): ax.plot(bars[n], [y]*2, c=colours.get(n, 'grey'), lw=1.2, alpha=.7)
-        ax.plot(v, [y]*len(v), 'o', ms=4, c=colours.get(n, 'grey'), alpha=.75, mec='none'); ax.plot([mean(v)]*2, [y-.3, y+.3], c=colours.get(n, 'grey'), lw=2)
+        c = colours.get(n, 'grey')
+        if bars and not math.isnan(bars[n][0]): ax.plot(bars[n], [y]*2, c=c, lw=1.2, alpha=.7)
+        ax.plot(v, [y]*len(v), 'o', ms=4, c=c, alpha=.75, mec='none'); ax.plot([mean(v)]*2, [y-.3, y+.3], c=c, lw=2)
     ax.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - .5, -.5)); ax.grid(axis='x', alpha=.3)
 
 def _value_panel(c, ax, column, colours):
@@ -420,7 +544,8 @@ def _value_panel(c, ax, column, colours):
 def _gap_panel(c, ax, column, colours):
     "Differences to the baseline in a column."
     found = {n: _difference(c, n, c.baseline, column) if c.gaps(n, c.baseline, column) else None for n in c.rows if n != c.baseline}
-    _dots(ax, {n: list(d.gaps.values()) if d else [] for n, d in found.items()}, colours, {n: (d.low, d.high) for n, d in found.items() if d})
+    bars = {n: (d.low, d.high) for n, d in found.items() if d}
+    _dots(ax, {n: list(d.gaps.values()) if d else [] for n, d in found.items()}, colours, bars)
     ax.axvline(0, c='black', lw=.8); ax.set_xlabel(f'points above {c.baseline}', fontsize=8)
 
 # %% ../nbs/10_results.ipynb #44374d27
@@ -429,19 +554,21 @@ def _plot(c, colours:dict|None=None, # row -> matplotlib colour; others are grey
          ): # -> matplotlib figure
     "Dots per seed and their means; below, the differences to the baseline with 95 % intervals."
     import matplotlib.pyplot as plt
-    if not c.columns: raise ValueError('runs: no records of these protocols')
     colours = {n: f'C{i % 10}' for i, n in enumerate(c.rows)} if colours is None else colours
     tall, blocks, wide = [len(c.rows) + len(_beside(c)), len(c.rows) - 1], math.ceil(len(c.columns)/wide), min(wide, len(c.columns))
     panels = (_value_panel, _gap_panel)[:1 + (tall[1] > 0)]
     heights = [.85 + .2*t for _, t in zip(panels, tall)]*blocks
-    fig, axs = plt.subplots(len(heights), wide, figsize=(1.8 + 2.6*wide, sum(heights)), squeeze=False, layout='constrained', height_ratios=heights)
+    size = 1.8 + 2.6*wide, sum(heights)
+    fig, axs = plt.subplots(len(heights), wide, figsize=size, squeeze=False, layout='constrained', height_ratios=heights)
     for i, ax in enumerate(axs.flat):
         row, col = divmod(i, wide)
         at = row//len(panels)*wide + col
         if at >= len(c.columns): ax.axis('off'); continue
         panels[row % len(panels)](c, ax, c.columns[at], colours); ax.tick_params(labelsize=8)
         if col: ax.set_yticklabels([])
-    fig.suptitle('dot: one seed · bar: mean' + ' · line: 95 % interval of the difference'*(len(panels) > 1), fontsize=8)
+    few = any(len(c.gaps(n, c.baseline, h)) < 5 for n in c.rows for h in c.columns if c.gaps(n, c.baseline, h))
+    line = ' · line: 95 % interval of the difference' + ' (too short with few seeds)'*few
+    fig.suptitle('dot: one seed · bar: mean' + line*(len(panels) > 1), fontsize=8)
     plt.close(fig)
     return fig
 
@@ -452,19 +579,20 @@ def _csv(c) -> str: # a line per record
     "All records, with their baselines, settings and cost."
     every = list(dict.fromkeys(b for e in c.entries for b in e.record.baselines))
     head = 'method,seed,protocol,data,metric,layer,tower,encoder,architecture,value,chance'.split(',')
-    out, tail = io.StringIO(), 'n_train,n_test,n_classes,settings,chosen,seconds,hardware,note'.split(',')
+    out, tail = io.StringIO(), 'n_train,n_test,n_classes,images,settings,chosen,seconds,hardware,versions,command,note'.split(',')
     lines = csv.writer(out, lineterminator='\n')
     lines.writerow([*head, *every, *tail])
     for row, _, seed, _, x in c.entries:
-        cell = lambda n: json.dumps(v, sort_keys=True) if isinstance(v := getattr(x, n), dict) else v or '' if n in ('seconds', 'hardware') else v
-        lines.writerow([row, seed, *map(cell, head[2:]), *(x.baselines.get(b, '') for b in every), *map(cell, tail)])
+        cell = lambda v: json.dumps(v, sort_keys=True) if isinstance(v, dict) else v
+        here = {n: cell(getattr(x, n)) for n in head[2:] + tail}
+        lines.writerow([row, seed, *(here[n] for n in head[2:]), *(x.baselines.get(b, '') for b in every), *(here[n] or '' for n in tail)])
     return out.getvalue()
 
 def _save(c, folder) -> Path: # made if it does not exist
     "Write comparison.md, comparison.csv and comparison.png."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     (folder/'comparison.md').write_text(f'{c}\n', encoding='utf-8'); (folder/'comparison.csv').write_text(c.csv, encoding='utf-8')
-    if c.columns: c.plot().savefig(folder/'comparison.png', dpi=110)
+    c.plot().savefig(folder/'comparison.png', dpi=110)
     return folder
 
 Comparison.csv, Comparison.save = property(_csv), _save
@@ -497,7 +625,7 @@ def sweep(runs, # any; those not in `values` are left out
         ax.plot(list(found), [100*mean(v.values()) for v in found.values()], c='black', lw=2, label='mean')
         metric = next((x.metric for r in runs for x in r.records if x.protocol == protocol), '')
         ax.set(title=protocol, xlabel=label, ylabel=f'{metric}, %', xticks=list(found)); ax.grid(alpha=.3)
-    axs[0, -1].legend(fontsize=7); fig.tight_layout()
+    axs[0, -1].legend(fontsize=7, loc='center left', bbox_to_anchor=(1, .5)); fig.tight_layout()
     return axs[0]
 
 # %% ../nbs/10_results.ipynb #17b78dc1
@@ -531,14 +659,19 @@ def curves(runs, # at least one
     fig.tight_layout(); fig.legend([lines[n] for n in shown], shown, loc='center left', bbox_to_anchor=(1, .5), fontsize=8)
     return axs.flat[:len(panels)]
 
-# %% ../nbs/10_results.ipynb #52bd56d9
-def _command(run):
-    "The command of a run in its shortest form, without its seed; None if it was not recorded."
-    c = run.config.get('command')
-    if not c: return None
-    c = re.sub(r'\s--progress[ =]\S+', '', c)
+# %% ../nbs/10_results.ipynb #466e1687
+def _short(command):
+    "A command in its shortest form, without its seed."
+    c = re.sub(r'\s--progress[ =]\S+', '', command)
     c = re.sub(r'(?<![\w:.])(?:\.{0,2}/)?(?:[\w.+~-]+/)+([\w.+-]+)/?', r'\1', re.sub(r'(?<![\w/])/+', '', c))
-    return re.sub(r'(--seed[ =])\d+', r'\1N', re.sub(r'_seed\d+\b', '_seedN', c))
+    words = re.sub(r'(--seed[ =])\d+', r'\1N', re.sub(r'_seed\d+\b', '_seedN', c)).split(' ')
+    again = lambda i: words[i].endswith('_seedN') and words[i] in words[:i] and not words[i-1].startswith('--') # of several seeds at once
+    return ' '.join(w for i, w in enumerate(words) if not again(i))
+
+def _commands(runs):
+    "(commands of training, commands of measurement), each once; empty where none was recorded."
+    trained, measured = (r.config.get('command') for r in runs), (x.command for r in runs for x in r.records)
+    return [list(dict.fromkeys(_short(c) for c in given if c)) for given in (trained, measured)]
 
 # %% ../nbs/10_results.ipynb #5a6013cf
 def _every(runs, what):
@@ -549,23 +682,46 @@ def _minutes(seconds): return f'{seconds/60:.1f} min' if seconds >= 60 else f'{s
 
 def _took(runs):
     "Mean time of training and of the probes of a run; 'not recorded' where no run has it."
-    spent = [r.history[-1]['seconds'] for r in runs if r.history and 'seconds' in r.history[-1]], [s for r in runs if (s := sum(x.seconds for x in r.records))]
-    return [_minutes(mean(s)) if s else 'not recorded' for s in spent]
+    trained = [r.history[-1]['seconds'] for r in runs if r.history and 'seconds' in r.history[-1]]
+    probed = [s for r in runs if (s := sum(x.seconds for x in r.records))]
+    return [_minutes(mean(s)) if s else 'not recorded' for s in (trained, probed)]
+
+def _versions(v):
+    "Versions in words; the commit is told apart."
+    return ', '.join(f'{k} {n}' for k, n in v.items() if k != 'commit')
 
 def _experiment(runs):
     "What one row of the ledger says beside its results: all runs of one method."
-    fact, took = lambda what: _every(runs, lambda r: facts(r)[what]), _took(runs)
+    fact, took, at = lambda what: _every(runs, lambda r: facts(r)[what]), _took(runs), lambda r: r.config.get('versions') or {}
+    probes = [x for r in runs for x in r.records]
     method, name = _every(runs, lambda r: r.config.get('method')), runs[0].name
     said = method == 'not recorded' or method.lower() in name.lower() or name.lower() in method.lower()
-    return {'method': '' if said else f' ({method})', 'data': fact('data'), 'network': fact('network'), 'epochs': fact('epochs'), 'batch': fact('batch'),
-            'seeds': ', '.join(map(str, sorted({r.seed for r in runs}))),
-            'training time': took[0], 'probe time': took[1], 
+    return {'method': '' if said else f' ({method})', 'data': fact('data'), 'network': fact('network'),
+            'epochs': fact('epochs'), 'batch': fact('batch'), 'seeds': ', '.join(map(str, sorted({r.seed for r in runs}))),
+            'training time': took[0], 'probe time': took[1],
             'hardware': _every(runs, lambda r: r.config.get('hardware') or next((x.hardware for x in r.records if x.hardware), None)),
-            'started': _every(sorted(runs, key=lambda r: str(r.config.get('started'))), lambda r: r.config.get('started', '')[:10])}
+            'started': _every(sorted(runs, key=lambda r: str(r.config.get('started'))), lambda r: r.config.get('started', '')[:10]),
+            'commit': _every(runs, lambda r: at(r).get('commit')), 'versions': _every(runs, lambda r: _versions(at(r))),
+            'commit of the measurement': _every(probes, lambda x: x.versions.get('commit')),
+            'versions of the measurement': _every(probes, lambda x: _versions(x.versions))}
 
-# %% ../nbs/10_results.ipynb #6680b4a5
-_AS_COLUMNS, _IN_LIST = ('data', 'network', 'epochs', 'batch', 'seeds', 'training time', 'probe time'), ('hardware', 'started')
+# %% ../nbs/10_results.ipynb #2fbc3a5f
+_AS_COLUMNS = 'data', 'network', 'epochs', 'batch', 'seeds', 'training time', 'probe time'
+_IN_LIST = 'hardware', 'started', 'commit', 'versions', 'commit of the measurement', 'versions of the measurement'
 
+def _alike_and_apart(told):
+    "What all rows share, as a line; what differs and is a column; what differs and stands in the list."
+    network = [w for w in next(iter(told.values()))['network'].split(', ') if all(w in t['network'].split(', ') for t in told.values())]
+    if len({t['network'] for t in told.values()}) > 1: # what all networks have is said once
+        for t in told.values(): t['network'] = ', '.join(w for w in t['network'].split(', ') if w not in network) or 'as said'
+    found = {what: {t[what] for t in told.values()} for what in _AS_COLUMNS + _IN_LIST}
+    alike = {what: next(iter(values)) for what, values in found.items() if len(values) == 1 and what != 'training time'}
+    shown, listed = [w for w in _AS_COLUMNS if w not in alike], [w for w in _IN_LIST if w not in alike]
+    partly = [f'network {", ".join(network)}, and as said in each row']*('network' in shown and bool(network))
+    tell = lambda w, v: v != 'not recorded' or 'measurement' not in w # old records do not say it
+    return '; '.join([*(f'{w} {v}' for w, v in alike.items() if tell(w, v)), *partly]), shown, listed
+
+# %% ../nbs/10_results.ipynb #43cd391a
 def _group(runs, first, title):
     "One table of the ledger: its lines, and a line per experiment for the list of commands; numbers begin at `first`."
     names, c = _names_apart(runs), Comparison(runs, None, None, 0, 0)
@@ -574,38 +730,39 @@ def _group(runs, first, title):
     for i, r in enumerate(runs):
         if not r.records: by.setdefault(names[i], []).append(r)
     told = {row: _experiment(list({id(r): r for r in rs}.values())) for row, rs in by.items()}
-    network = [w for w in next(iter(told.values()))['network'].split(', ') if all(w in t['network'].split(', ') for t in told.values())]
-    if len({t['network'] for t in told.values()}) > 1: # what all networks have is said once
-        for t in told.values(): t['network'] = ', '.join(w for w in t['network'].split(', ') if w not in network) or 'as said'
-    alike = {what: next(iter(values)) for what in _AS_COLUMNS + _IN_LIST if len(values := {t[what] for t in told.values()}) == 1 and what != 'training time'}
-    shown, listed = [w for w in _AS_COLUMNS if w not in alike], [w for w in _IN_LIST if w not in alike]
+    same, shown, listed = _alike_and_apart(told)
     scored = {n: cells for n, cells, _ in _scored(c)}
     rows = [[n, '', *cells, *['']*len(shown)] for n, cells in scored.items() if n not in told and c.columns]
-    rows += [[n + t['method'], str(first + i), *scored.get(n, ['–']*len(c.columns)), *(t[w] for w in shown)] for i, (n, t) in enumerate(told.items())]
-    partly = [f'network {", ".join(network)}, and as said in each row']*('network' in shown and bool(network))
-    same = '; '.join([*(f'{w} {v}' for w, v in alike.items()), *partly]) + '.'
+    none = ['–']*len(c.columns)
+    rows += [[n + t['method'], str(first + i), *scored.get(n, none), *(t[w] for w in shown)] for i, (n, t) in enumerate(told.items())]
     asked = {}
     for e in c.entries: asked.setdefault(f'{e.record.metric} on {e.record.data}', {})[e.column] = None
     notes = [f'{" and ".join(cols)}: {what}.' for what, cols in asked.items()]
-    notes += dict.fromkeys(f'{e.record.data}: {e.record.note}.' for e in c.entries if e.record.note)
-    commands = [(first + i, n, _every(by[n], _command), [f'{w} {told[n][w]}' for w in listed]) for i, n in enumerate(told)]
-    return [*([f'**{title}**', '']*bool(title)), *_grid(['%', 'no.', *c.columns, *shown], rows), '', 'All rows: ' + same, *notes, ''], commands
+    notes += [f'{data}: {"; ".join(parts)}.' for data, parts in _common_notes(c.entries).items() if parts]
+    notes += [f'{line}.' for line in c.notes_of_rows]
+    commands = [(first + i, n, *_commands(by[n]), [f'{w} {told[n][w]}' for w in listed]) for i, n in enumerate(told)]
+    table = _grid(['%', 'no.', *c.columns, *shown], rows)
+    return [*([f'**{title}**', '']*bool(title)), *table, '', f'All rows: {same}.', *notes, ''], commands
 
-# %% ../nbs/10_results.ipynb #25550181
-def ledger(folders, # as `load_runs` takes them; or a dict: title -> such, for a table each
+# %% ../nbs/10_results.ipynb #abacdcdc
+def ledger(folders, # as `load_runs` takes them, or what it gave; or a dict: title -> such, for a table each
            commands:bool=True, # with the list of commands, folded
           ) -> Table:
     "Every experiment with its result, cost and command, as runs and records say. ValueError if there is none."
     groups, lines, listed = folders if isinstance(folders, dict) else {'': folders}, [], []
+    if not groups: raise ValueError('folders: none given')
     for title, given in groups.items():
-        runs = given if isinstance(given, (list, tuple)) and given and all(isinstance(r, Run) for r in given) else load_runs(given, probed=False)
-        if not runs: raise ValueError(f'folders: no runs{f" for {title!r}" if title else ""}')
+        loaded = isinstance(given, (list, tuple)) and given and all(isinstance(r, Run) for r in given)
+        runs = given if loaded else load_runs(given, probed=False)
+        if not runs: raise ValueError(f'folders: no runs{f" for {title!r}" if title else ""} in {str(given)!r}')
         table, told = _group(runs, len(listed) + 1, title)
         lines += table; listed += told
-    lines += ['Mean ± standard deviation over seeds, in per cent. Times are those of one run, on average. Chance is always answering the most common class; '
-              'raw pixels and the random encoder answer the same question without training.']
+    lines += ['Mean ± standard deviation over seeds, in per cent. Times are those of one run, on average; those of probes are short where '
+              'features were kept from another probe. Chance is always answering the most common class; raw pixels and the random encoder '
+              'answer the same question without training.']
+    quoted = lambda commands: ' / '.join(f'`{c}`' for c in commands) or 'not recorded'
     if commands:
         lines += ['', '<details><summary>The commands, by number; N is the seed</summary>', '']
-        lines += [f"{i}. {name}: " + (command if command == 'not recorded' else ' / '.join(f'`{k}`' for k in command.split(' / '))) + ''.join(f'; {w}' for w in more)
-                  for i, name, command, more in listed] + ['', '</details>']
+        lines += [f'{i}. {name}: {quoted(trained)}' + f'; measured by {quoted(measured)}'*bool(measured) + ''.join(f'; {w}' for w in more)
+                  for i, name, trained, measured, more in listed] + ['', '</details>']
     return Table('\n'.join(lines))

@@ -5,20 +5,18 @@
 # %% auto #0
 __all__ = ['lr_factor', 'LARS', 'make_optimizer', 'above', 'Clip', 'Meter', 'noted_signals', 'write_aside', 'as_json',
            'open_run_folder', 'signs', 'collapse', 'plot_curves', 'progress_mode', 'Progress', 'subset_knn',
-           'native_bf16', 'affordable', 'without_test_images', 'settle_recipe', 'usable', 'prepare', 'versions',
-           'Pretrainer']
+           'native_bf16', 'without_test_images', 'settle_recipe', 'usable', 'prepare', 'versions', 'Pretrainer']
 
-# %% ../nbs/09_training.ipynb #2065a1db
-import csv, io, json, math, os, platform, signal, subprocess, sys, threading, time
+# %% ../nbs/09_training.ipynb #ce170f82
+import csv, io, json, math, os, platform, signal, subprocess, sys, threading, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
-import numpy as np
 import torch
 from torch import nn
 from . import __version__
-from .data import TensorImages, copies
+from .data import affordable, copies
 from .encoders import Encoder, ResNet, save_encoder
 from .losses import token_similarity
 from .methods import Method, Training
@@ -289,15 +287,14 @@ def native_bf16(device:str) -> bool: # whether bfloat16 is worth it there
     ask = [getattr(torch.cpu, f'_is_{x}_supported', None) for x in ('avx512_bf16', 'amx_tile')]
     return str(device) == 'cpu' and any(f() for f in ask if f)
 
-# %% ../nbs/09_training.ipynb #4d34788d
-def affordable(store, most:int=200_000) -> bool: # image files that are worth reading the beginning of
-    "Whether fingerprints of a store are quickly made."
-    return isinstance(store, TensorImages) or len(store) <= most
-
+# %% ../nbs/09_training.ipynb #adb0d9e3
 def without_test_images(data, overlap:str='refuse'): # 'refuse', 'drop' or 'keep' -> the data to train on
     "`ValueError` where test images are in train, unless they should be dropped there, or kept."
     _check_overlap(overlap)
-    if overlap == 'keep' or data.test is None or not (affordable(data.train) and affordable(data.test)): return data
+    if overlap == 'keep' or data.test is None: return data
+    if not (affordable(data.train) and affordable(data.test)):
+        warnings.warn(f'{data.name}: too many files to look for test images among the training images')
+        return data
     both = copies(data.train, data.test)
     if len(both) and overlap == 'refuse':
         raise ValueError(f"data={data.name!r}: {len(both)} of {len(data.test)} test images are in the train split too (the first: {both[0]}). "
@@ -329,7 +326,7 @@ def usable(device:str) -> str: # the device
 def prepare(method, data, device, bf16):
     "Put a method on its device: what the data are in every encoder, memory layout, attention kernel."
     method.to(device).train()
-    learned = data.train.fingerprints() if affordable(data.train) else None
+    learned = data.train.fingerprints() if affordable(data.train) else None # also of what is trained by the way, such as a target tower
     for m in method.modules():
         if isinstance(m, Encoder): m.set_stats(data.mean, data.std).trained_on = learned
         if isinstance(m, ResNet) and not any(isinstance(b, SplitBatchNorm) for b in m.modules()): # split batch-norm would copy
@@ -427,10 +424,7 @@ class _Stop:
 class _Bookkeeping(_Stop):
     "The part of `Pretrainer` that begins a run and closes each epoch: files and numbers."
     def begin(self, last):
-        if self.out and not (self.batches and (self.out/'config.json').exists()):
-            write_aside(self.out/'config.json', as_json(self.config()))
-            if self.encoder.trained_on is not None:
-                numbers = io.BytesIO(); np.save(numbers, self.encoder.trained_on.numpy()); write_aside(self.out/'trained_on.npy', numbers.getvalue())
+        if self.out and not (self.batches and (self.out/'config.json').exists()): write_aside(self.out/'config.json', as_json(self.config()))
         self.progress.start(self.batches, last*len(self.loader)); self.clock = time.time()
 
     def end_epoch(self, epoch):
@@ -455,7 +449,7 @@ class _Config:
     def config(self):
         "Everything a run depends on, for config.json."
         return dict(method=self.method.name, slots=self.method.slots(), encoder=self.encoder.spec, training=asdict(self.recipe), lr=self.lr,
-                    seed=self.seed, bf16=self.bf16, device=str(self.device), data=dict(name=self.data.name, train=len(self.data.train)),
+                    seed=self.seed, bf16=self.bf16, device=str(self.device), data=dict(name=self.data.name, train=len(self.data.train), images=self.images),
                     views=[asdict(v) for v in self.method.views], versions=versions(), hardware=hardware(self.device), started=datetime.now(timezone.utc).isoformat(timespec='seconds'),
                     command=' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]), **self.note)
 
@@ -475,12 +469,14 @@ class _State(_Config):
     "The part of `Pretrainer` that is written and read: the checkpoint."
     def state_dict(self):
         return dict(identity=self.identity(), method=self.method.state_dict(), optimizer=self.optimizer.state_dict(),
-                    meter=self.meter.state_dict(), batches=self.batches, seconds=self.seconds, history=self.history, **({'clip': self.clip.state_dict()} if self.clip else {}))
+                    meter=self.meter.state_dict(), batches=self.batches, seconds=self.seconds, history=self.history, trained_on=self.encoder.trained_on, **({'clip': self.clip.state_dict()} if self.clip else {}))
 
     def load_state_dict(self, state):
         mine, theirs = self.identity(), dict(state.get('identity', {}))
         if 'training' in theirs: # options that are younger than the checkpoint were at their defaults
             theirs['training'] = json.dumps(asdict(Training()) | json.loads(theirs['training']))
+        known = json.loads(theirs.get('data') or '{}')
+        if 'images' not in known: theirs['data'] = json.dumps(known | dict(images=self.images)) # an older checkpoint did not say
         wrong = [f'{k}: the checkpoint has {theirs.get(k)}, this run {mine[k]}' for k in mine if mine[k] != theirs.get(k)]
         if wrong: raise ValueError('the checkpoint belongs to another run. ' + '; '.join(wrong))
         self.method.load_state_dict(state['method']); self.optimizer.load_state_dict(state['optimizer']); self.meter.load_state_dict(state['meter'])
@@ -542,7 +538,7 @@ class Pretrainer(_Loop, _Bookkeeping, _State):
         self.out = out and Path(out)
         if self.out: open_run_folder(self.out, resume)
         prepare(method, data, self.device, self.bf16)
-        self.method,self.data = method,data
+        self.method,self.data,self.images = method,data,data.train.content()
         self.optimizer = make_optimizer(method, self.recipe, self.lr)
         most, growth = self.recipe.clip, self.recipe.clip_growth
         self.clip = Clip((p for p in method.parameters() if p.requires_grad), most, growth) if most or growth else None

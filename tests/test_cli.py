@@ -185,5 +185,5 @@ def test_a_leak_is_refused_in_pretraining_and_in_probing(tmp_path, capsys):
     assert pretrain(tmp_path) == 2 and '1 of 13 test images are in the train split too' in capsys.readouterr().err
     assert pretrain(tmp_path, '--overlap', 'drop', out='dropped') == 0
     assert run('probe', tmp_path/'clean', '--settings', 'knn.k=3', '--overlap', 'drop') == 2 # its training images hold the planted one
-    assert 'pretrained on 1 of 13 test images' in capsys.readouterr().err
+    assert 'trained on 1 of 13 test images' in capsys.readouterr().err
     assert run('probe', tmp_path/'dropped', '--settings', 'knn.k=3') == 2 and run('probe', tmp_path/'dropped', '--settings', 'knn.k=3', '--overlap', 'drop') == 0

@@ -467,13 +467,35 @@ def test_fingerprints_and_names_follow_the_files(tmp_path):
     memory, stream = images(tmp_path/'pics').train, images(tmp_path/'pics', stream=True).train
     packed = images(pack(tmp_path/'pics', tmp_path/'p.npz')).train
     prints = memory.fingerprints()
-    assert len(prints.unique()) == 8 and prints.dtype == torch.int64
-    assert torch.equal(prints, stream.fingerprints()) and torch.equal(prints, packed.fingerprints())
-    assert torch.equal(images(tmp_path/'pics', size=6).train.fingerprints(), prints) # of the file, whatever the size
-    assert torch.equal(memory.subset([5, 1]).fingerprints(), prints[[5, 1]]) and torch.equal(stream.subset([5, 1]).fingerprints(), prints[[5, 1]])
+    assert len(prints[:, 0].unique()) == len(prints[:, 1].unique()) == 8 and prints.dtype == torch.int64 and (prints != 0).all()
+    assert torch.equal(prints, packed.fingerprints()) and torch.equal(prints[:, 0], stream.fingerprints()[:, 0]) and (stream.fingerprints()[:, 1] == 0).all()
+    small = images(tmp_path/'pics', size=6).train.fingerprints()
+    assert torch.equal(small[:, 0], prints[:, 0]) and (small[:, 1] != prints[:, 1]).all() # the same files, other pixels
+    assert torch.equal(memory.subset([5, 1]).fingerprints(), prints[[5, 1]]) and torch.equal(stream.subset([5, 1]).fingerprints(), prints[[5, 1]]*torch.tensor([1, 0]))
     assert memory.names == stream.names == ['a/0.png', 'a/1.png', 'a/2.png', 'a/3.png', 'b/0.png', 'b/1.png', 'b/2.png', 'b/3.png']
     assert memory.subset([5]).names == ['b/1.png'] and memory.to('cpu').names == memory.names
     assert TensorImages(torch.zeros(1, 3, 2, 2, dtype=torch.uint8)).names is None
+    assert len(copies(memory, TensorImages(memory.images[2:4]))) == 2 # a copy of the pixels, without a file
+
+def test_fingerprints_of_large_files_see_their_end(tmp_path):
+    x = np.full((2, 224, 224, 3), 255, np.uint8); x[1, 0, 0] = 0 # of a BMP the first row comes last
+    for i in range(2): Image.fromarray(x[i]).save(tmp_path/f'{i}.bmp')
+    packed = images(pack(tmp_path, tmp_path/'p.npz', labelled=False)).train
+    a, b = images(tmp_path, stream=True).train.fingerprints()[:, 0], packed.fingerprints()[:, 0]
+    assert len(a.unique()) == 2 and torch.equal(a, b)
+
+def test_content_changes_with_what_is_given_out(tmp_path):
+    for i in range(3): Image.fromarray(picture(i)).save(tmp_path/f'{i}.png')
+    whole, small, stream = images(tmp_path).train, images(tmp_path, size=8).train, images(tmp_path, stream=True).train
+    words = [s.content() for s in (whole, small, stream, images(tmp_path, size=8, stream=True).train, whole.subset([1, 0, 2]))]
+    assert len(set(words)) == 5 and whole.content() == images(tmp_path).train.content() == whole.subset([0, 1, 2]).content()
+    whole.images = 255 - whole.images; a = whole.content()
+    whole.images.zero_()
+    assert len({words[0], a, whole.content()}) == 3
+    assert D._content(stream) == words[2]
+    old = D.affordable
+    try: D.affordable = lambda s: False; assert stream.content() != stream.subset([1, 0, 2]).content()
+    finally: D.affordable = old
 
 def test_copies_between_stores_that_stream(tmp_path):
     g = torch.Generator().manual_seed(0)

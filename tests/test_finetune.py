@@ -4,12 +4,12 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest, torch
 from PIL import Image
-from ssl_patch.data import ImageData, TensorImages, images
+from ssl_patch.data import ImageData, TensorImages, copies, images, known
 from ssl_patch.encoders import resnet, vit
 from ssl_patch.finetune import (Classifier, FineTuner, FineTuning, LabelledLoader, aps_finetuning, augmentation, finetune, finetuning_optimizer,
                                 finetuning_schedule, label_fraction, label_list, layers_of, mixed, plot_finetuning, recipe_of, seeded, semi_supervised,
                                 semi_supervised_recipe, settle_batch, show_augmented)
-from ssl_patch.probes import load_records, table
+from ssl_patch.probes import knn, load_records, table
 
 def colours(n, seed=0, classes=3, size=16, noise=25., skip=()):
     "Colour says the class."
@@ -61,7 +61,7 @@ def test_semi_supervised_as_published():
         assert abs(r.lr - .05*1024/256) < 1e-12 and abs(semi_supervised_recipe(fraction, 'simclr', 512).lr - .1) < 1e-12
 
 @pytest.mark.parametrize('wrong', [dict(epochs=0), dict(epochs=2.5), dict(batch_size=1), dict(optimizer='lars'), dict(lr=0), dict(lr=float('nan')), dict(weight_decay=-1),
-    dict(betas=(.9,)), dict(momentum=1.), dict(layer_decay=0.), dict(schedule='linear'), dict(warmup=100), dict(drops=(8, 4)), dict(clip=0.), dict(smoothing=1.),
+    dict(betas=(.9,)), dict(betas=.9), dict(betas='ab'), dict(drops=5), dict(drops=('a',)), dict(momentum=1.), dict(momentum=None), dict(layer_decay=0.), dict(schedule='linear'), dict(warmup=100), dict(drops=(8, 4)), dict(clip=0.), dict(smoothing=1.),
     dict(mixup=-.1), dict(switch=2), dict(crop='random'), dict(rand_augment='auto'), dict(rand_augment='rand-q5'), dict(erasing=1.5), dict(ema=1.), dict(drop_path=1.),
     dict(stats='cifar'), dict(schedule='steps'), dict(min_lr=1.), dict(nesterov='yes')])
 def test_wrong_recipes(wrong):
@@ -69,7 +69,7 @@ def test_wrong_recipes(wrong):
 
 def test_unknown_names():
     with pytest.raises(ValueError, match="name='huge'"): aps_finetuning('huge')
-    with pytest.raises(ValueError, match="style='byol'"): semi_supervised_recipe(.1, 'byol')
+    with pytest.raises(ValueError, match="name='byol'"): semi_supervised_recipe(.1, 'byol')
     with pytest.raises(ValueError, match='fraction=0'): semi_supervised_recipe(0)
 
 def course(recipe, groups=((1.,),)):
@@ -91,7 +91,7 @@ def test_fraction_is_stratified_nested_and_seeded():
     s = TensorImages(torch.randint(0, 256, (len(y), 3, 4, 4), dtype=torch.uint8), y[torch.randperm(len(y))], [*'abcde', 'never'], 'uneven')
     one, ten = label_fraction(s, .01), label_fraction(s, .1)
     assert one.labels.bincount().tolist() == [3, 1, 1, 1, 1] and ten.labels.bincount().tolist() == [30, 10, 5, 1, 1]
-    assert one.classes == s.classes and torch.isin(one.fingerprints(), ten.fingerprints()).all()
+    assert one.classes == s.classes and len(copies(ten, one)) == len(one)
     assert torch.equal(label_fraction(s, .1).images, ten.images) and not torch.equal(label_fraction(s, .1, seed=1).images, ten.images)
     assert torch.equal(label_fraction(s, 1.).images, s.images)
     some = TensorImages(s.images, torch.where(torch.arange(len(y)) % 2 == 0, s.labels, -1), s.classes)
@@ -444,3 +444,93 @@ def test_fields_of_the_recipe_are_arguments_too(tmp_path):
     assert s.settings['epochs'] == 1
     with pytest.raises(ValueError, match="unknown argument 'lrr'"): finetune(net(), make_data(), quick, lrr=1)
     with pytest.raises(ValueError, match='large'): finetune(net(), make_data(), 'large')
+
+# ---------------------------------------------------------------- guards
+class Plain(torch.nn.Module):
+    "A module from elsewhere: no `trained_on`, no `spec`, no `fresh`."
+    size, dim = 16, 3
+    def __init__(self): super().__init__(); self.lin = torch.nn.Linear(3, 3)
+    def forward(self, x): return self.lin(x.mean((2, 3)))
+
+def leaky(n=6):
+    data = make_data()
+    both = TensorImages(torch.cat([data.train.images, data.test.images[:n]]), torch.cat([data.train.labels, data.test.labels[:n]]), data.classes)
+    return ImageData(both, data.test, 'leaky')
+
+def test_a_tuner_refuses_test_images_itself(tmp_path):
+    with pytest.raises(ValueError, match='6 of 30 test images are in the train split'): tuner(data=leaky(), out=tmp_path/'r')
+    assert not (tmp_path/'r').exists()
+    with pytest.raises(ValueError, match='overlap='): tuner(overlap='no')
+    a, b = tuner(data=leaky(), overlap='drop'), tuner(data=leaky(), overlap='keep')
+    assert (len(a.train), len(b.train)) == (48, 54) and 'left out' in a.leak and 'kept' in b.leak
+    assert same(state(a.fit())['method'], state(tuner().fit())['method']) # the same images, the same run
+    with pytest.raises(ValueError, match='no labels|one class'): tuner(data=ImageData(make_data().test, make_data().test, 'x'), overlap='drop')
+    kw = dict(progress='quiet', device='cpu', bf16=False, baselines=False)
+    assert [finetune(net(), leaky(), quick, overlap=o, **kw).settings['overlap'] for o in ('drop', 'keep')] == ['drop', 'keep']
+    assert 'overlap' not in finetune(net(), make_data(), quick, overlap='drop', **kw).settings
+
+def test_what_was_learned_from_is_known_afterwards(tmp_path):
+    data, other, encoder = make_data(), colours(20, 9), net()
+    encoder.trained_on = other.fingerprints()
+    run = tuner(replace(quick, epochs=1, drop_path=.1), encoder, data, out=tmp_path/'r').fit()
+    learned = run.encoder.trained_on
+    assert learned.shape == (68, 2) and known(data.train.fingerprints(), learned).all() and known(other.fingerprints(), learned).all()
+    assert not known(data.test.fingerprints(), learned).any() and torch.equal(encoder.trained_on, other.fingerprints())
+    assert torch.equal(torch.load(tmp_path/'r'/'checkpoint.pt')['trained_on'], learned)
+    swapped = ImageData(data.test, data.train, 'swapped')
+    with pytest.raises(ValueError, match='trained on 48 of 48 test images'): knn(run.encoder, swapped, k=3)
+    with pytest.raises(ValueError, match='trained on 48 of 48 test images'): tuner(quick, run.encoder, swapped)
+    r = finetune(run.encoder, swapped, quick, overlap='keep', baselines=False, progress='quiet', device='cpu')
+    assert 'trained on 48 of the test images' in r.note and 48 in r.settings.values()
+    assert encoder.trained_on.shape == (20, 2) and known(data.train.fingerprints(), tuner(replace(quick, ema=.9)).reported.encoder.trained_on).all()
+
+def test_a_module_from_elsewhere(tmp_path):
+    run = tuner(encoder=Plain(), out=tmp_path/'r').fit()
+    assert known(run.train.fingerprints(), run.encoder.trained_on).all() and not hasattr(Plain(), 'trained_on')
+    r = finetune(Plain(), make_data(), quick, checkpoints=tmp_path/'c', progress='quiet')
+    assert r.baselines == {} and (tmp_path/'c'/'encoder'/'checkpoint.pt').is_file()
+
+def test_default_device_is_where_the_encoder_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    assert FineTuner(net(), make_data(), quick, progress='quiet', bf16=False).device == 'cpu'
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_default_device_is_the_gpu_of_the_encoder():
+    assert FineTuner(net().cuda(), make_data(), quick, progress='quiet').fit(1).device.startswith('cuda')
+
+@pytest.mark.parametrize('protocol', [finetune, semi_supervised])
+@pytest.mark.parametrize('says, kw', [('recipe=5', dict(recipe=5)), ("recipe='large'", dict(recipe='large')), ('recipe=', dict(recipe=['tiny'])), ('betas=0.9', dict(betas=.9)),
+    ('drops=5', dict(drops=5)), ('momentum=None', dict(momentum=None)), ('resize=1.5', dict(resize=1.5)), ("unknown argument 'style'", dict(style='simclr')), ('encoder', dict(encoder=None))])
+def test_wrong_types_name_the_argument_before_work(protocol, says, kw, monkeypatch):
+    monkeypatch.setattr(FineTuner, 'fit', lambda *a: pytest.fail('work began'))
+    kw = dict(kw); encoder = kw.pop('encoder', net())
+    with pytest.raises(ValueError, match=says): protocol(encoder, make_data(), progress='quiet', **kw)
+
+def test_a_tuner_names_what_is_wrong():
+    for says, args in (('encoder', (None, make_data(), quick)), ('recipe=5', (net(), make_data(), 5)), ('data', (net(), 'photos', quick))):
+        with pytest.raises(ValueError, match=says): FineTuner(*args)
+
+def test_recipes_by_name():
+    kw = dict(progress='quiet', device='cpu', bf16=False, baselines=False, epochs=1, batch_size=8)
+    r = semi_supervised(net(), make_data(n=300), .1, recipe='simclr', **kw)
+    assert recipe_of(r) == replace(semi_supervised_recipe(.1, 'simclr', 8), epochs=1)
+    assert recipe_of(semi_supervised(net(), make_data(n=300), .1, recipe='instdisc', drops=(1,), **kw)).lr == semi_supervised_recipe(.1, batch_size=8).lr
+
+def test_one_percent_is_the_recipe_of_one_percent():
+    "7 images in each of 7 classes: one of each is 14 %, and the recipe is that of the 1 % which was asked for."
+    r = semi_supervised(net(), make_data(n=49, m=28, classes=7), .01, baselines=False, progress='quiet', device='cpu', bf16=False)
+    assert r.n_train == 7 and recipe_of(r) == replace(semi_supervised_recipe(.01), batch_size=7) != replace(semi_supervised_recipe(.1), batch_size=7)
+
+def test_folders_are_made_before_work(tmp_path, monkeypatch):
+    (tmp_path/'file').write_text('x')
+    tuner(out=tmp_path/'c'/'from scratch').fit(1)
+    kw = dict(progress='quiet', device='cpu', bf16=False)
+    monkeypatch.setattr(FineTuner, 'fit', lambda *a: pytest.fail('work began'))
+    with pytest.raises((ValueError, OSError), match='file'): finetune(net(), make_data(), quick, out=tmp_path/'file', **kw)
+    with pytest.raises(FileExistsError, match='from scratch'): finetune(net(), make_data(), quick, checkpoints=tmp_path/'c', **kw)
+
+def test_a_record_says_what_it_was_made_of():
+    data, kw = make_data(), dict(progress='quiet', device='cpu', bf16=False, baselines=False)
+    r, k = finetune(net(), data, quick, **kw), knn(net(), data, k=3, baselines=False)
+    assert (r.images, r.versions, r.architecture) == (k.images, k.versions, k.architecture) and set(r.images) == {'train', 'test'}
+    assert finetune(net(), make_data(noise=20.), quick, **kw).images != r.images

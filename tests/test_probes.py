@@ -39,7 +39,7 @@ class Net(nn.Module):
                                      nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.size, self.dim, self.log = size, 6, []
     @property
-    def calls(self): return len(self.log)
+    def calls(self): return sum(n != 4 for n in self.log) # four pictures of noise are a key, no features
     def fresh(self, seed): return Net(seed, self.size)
     def forward(self, x): self.log.append(len(x)); return self.net(x)
 
@@ -384,7 +384,7 @@ def frames(fig):
 def test_neighbours_are_framed_by_their_label():
     from matplotlib.colors import to_rgba
     data = make_data(noise=5)
-    rows = frames(neighbours(Net(), data, queries=[0, 4], k=3))
+    rows = frames(neighbours(Net(1), data, queries=[0, 4], k=3))
     assert [r[0][0] for r in rows] == ['c0', 'c1'] and all(c == to_rgba('tab:blue') for r in rows for _, c in r[1:])
     data.train.labels = (data.train.labels + 1) % 3
     assert all(c == to_rgba('tab:orange') for r in frames(neighbours(Net(), data, queries=2, k=3)) for _, c in r[1:])
@@ -601,8 +601,8 @@ def test_what_was_pretrained_on_is_not_measured():
     data, net = make_data(), Net()
     net.trained_on = torch.cat([data.train.fingerprints(), data.test.fingerprints()[4:6]])
     for overlap in ('refuse', 'drop'):
-        with pytest.raises(ValueError, match='pretrained on 2 of 30 test images .the first: 4'): knn(net, data, k=5, overlap=overlap)
-    assert knn(net, data, k=5, overlap='keep', baselines=False).note.endswith('pretrained on 2 of the test images')
+        with pytest.raises(ValueError, match='trained on 2 of 30 test images .the first: 4'): knn(net, data, k=5, overlap=overlap)
+    assert knn(net, data, k=5, overlap='keep', baselines=False).note.endswith('trained on 2 of the test images')
 
 def test_the_record_keeps_what_every_image_got(tmp_path):
     data, net = make_data(noise=90), Net()
@@ -623,9 +623,9 @@ def test_features_on_disk(tmp_path):
     with torch.no_grad(): net.net[0].weight.mul_(2)
     once(data); once(data, layer='image', size=10)
     assert net.calls == 6 and len(list(tmp_path.iterdir())) == 6
-    for f in tmp_path.iterdir(): f.write_bytes(b'')
+    for f in tmp_path.iterdir(): f.write_bytes(b'') # as after a full disk
     data._features.clear()
-    with pytest.raises((ValueError, EOFError)): once(data)
+    assert replace(once(data), seconds=0.) == replace(once(data), seconds=0.) and net.calls == 8
 
 def test_the_tower_is_named():
     net = vit(size=16, patch=4, width=32, depth=1, heads=2)
@@ -634,6 +634,7 @@ def test_the_tower_is_named():
     net.tower = 'target'
     r = knn(net, data, k=5, baselines=False)
     assert (r.encoder, r.tower) == ('target', 'target')
+    assert 'mine, target tower' in str(table([replace(r, encoder='mine')]))
     text = str(table([replace(r, encoder='mine'), replace(r, encoder='mine', tower='online', value=.5)]))
     assert 'mine, target tower' in text and 'mine, online tower' in text
 
@@ -643,6 +644,8 @@ def test_targets_in_place_of_labels():
     def score(x, y, u, v, classes): assert torch.equal(y, tables[0]) and torch.equal(v, tables[1]) and classes == 4; return .5
     r = evaluate(score, Net(), data, 'mine', {}, targets=tables, metric='mAP', baselines=False)
     assert r.n_classes == 4 and abs(r.chance - ((tables[1] == 1).sum(0) / (tables[1] >= 0).sum(0)).mean()) < 1e-6
+    none = [torch.cat([t, torch.zeros(len(t), 2, dtype=t.dtype)], 1) for t in tables] # two classes that nothing shows do not count
+    assert evaluate(lambda *a: .5, Net(), data, 'mine', {}, targets=none, metric='mAP', baselines=False).chance == r.chance
     for bad, words in ((tables[0], 'pair of tensors'), (tables[::-1], 'a row for each of its 60 images'), ([t*2 for t in tables], 'accepted: 1')):
         with pytest.raises(ValueError, match=words): evaluate(score, Net(), data, 'mine', {}, targets=bad)
 
@@ -650,3 +653,90 @@ def test_more_classes_in_test_than_in_train_count_as_errors():
     train, test = make_images(60, classes=2, seed=1), make_images(30, classes=3, seed=2)
     for r in (knn(Net(), ImageData(train, test, 'more'), k=5, baselines=False), linear(Net(), ImageData(train, test, 'more'), epochs=5, baselines=False)):
         assert r.n_classes == 3 and r.per_image()[2::3].sum() == 0
+
+@pytest.mark.parametrize('change', [lambda n: n.register_forward_hook(lambda m, i, out: out*torch.tensor([1., 1, 0, 0, 0, 0])), lambda n: n.scales.append(2.),
+                                    lambda n: n.register_buffer('extra', torch.full((6,), 3.), persistent=False), lambda n: setattr(n, 'after', lambda z: z.sort(1).values)])
+def test_what_no_weight_shows_changes_the_key(change):
+    class Odd(Net):
+        def __init__(self): super().__init__(); self.scales, self.after, self.extra = [], (lambda z: z), None; del self.extra
+        def forward(self, x):
+            z = self.after(super().forward(x))*math.prod(self.scales)
+            return z + getattr(self, 'extra', 0.)
+    data, net = make_data(noise=120), Odd()
+    knn(net, data, k=5, baselines=False)
+    change(net)
+    assert knn(net, data, k=5, baselines=False).each == knn(net, make_data(noise=120), k=5, baselines=False).each
+    assert len(data._features) == 4
+
+def test_a_score_that_changes_features_spoils_nothing():
+    data, net = make_data(noise=120), Net()
+    first = knn(net, data, k=5, baselines=False).value
+    evaluate(lambda x, y, u, v, classes: float(x.zero_().sum() + u.zero_().sum()), net, data, 'rude', {}, baselines=False)
+    assert knn(net, data, k=5, baselines=False).value == first
+
+def test_images_that_are_replaced_are_extracted_anew(tmp_path):
+    data, net = make_data(noise=120), Net()
+    a = knn(net, data, k=5, baselines=False, cache=tmp_path)
+    for _ in range(2): data.train.images = 255 - data.train.images # twice: the same pixels in another tensor
+    assert knn(net, data, k=5, baselines=False, cache=tmp_path).each == a.each and net.calls == 2
+    data.train.images = data.train.images.flip(0)
+    assert knn(net, data, k=5, baselines=False, cache=tmp_path).images != a.images and net.calls == 3
+
+def test_records_of_other_images_are_not_measured_again(tmp_path):
+    data, net = make_data(n=60, m=60, noise=120), Net()
+    for part in (range(0, 30), range(30, 60)): knn(net, ImageData(data.train, data.test.subset(list(part)), 'colours'), k=5, baselines=False, out=tmp_path)
+    assert len(load_records(tmp_path)) == 2
+    with open(tmp_path/'records.jsonl', 'a') as f: f.write('{"protocol": "kNN", "val')
+    with pytest.raises(ValueError, match='records.jsonl, line 3 is not a record'): load_records(tmp_path)
+
+def test_a_leak_that_was_kept_is_seen_in_every_table():
+    data, net = leaky(), Net()
+    records = [knn(net, data, k=5, overlap=o, baselines=False, name=o) for o in ('keep', 'drop')] + [knn(net, make_data(noise=90), k=5, baselines=False, name='clean')]
+    text = str(table(records))
+    assert '3 test images are in train too: kept' in text and 'left out there' in text
+    assert 'overlap=keep' in text.splitlines()[0] and 'overlap=drop' in text.splitlines()[0]
+
+def test_what_overlap_leaves_is_checked_before_any_work():
+    data, net = leaky(30), Net()
+    with pytest.raises(ValueError, match="k=40: overlap='drop' leaves 30 labelled images"): knn(net, data, k=40, overlap='drop')
+    one = ImageData(make_images(20, seed=1), TensorImages(make_images(20, seed=1).images[[i for i in range(20) if i % 3]], torch.zeros(13).long()), 'one')
+    with pytest.raises(ValueError, match='fewer than two classes'): linear(net, one, overlap='drop')
+    assert net.calls == 0
+
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(tmp_path):
+    (tmp_path/'file').write_text('')
+    for out in (tmp_path/'file', tmp_path/'file'/'x'):
+        with pytest.raises(ValueError, match='cannot be a folder'): knn(Net(), make_data(), k=5, out=out)
+
+@pytest.mark.parametrize('words, wrong', [(dict(K=3), "no argument 'K'"), (dict(resize='a'), "resize='a'"), (dict(resize=4), 'resize=4'), (dict(batch_size=0), 'batch_size=0'), (dict(size=0), 'size=0')])
+def test_wrong_arguments_of_all_protocols(words, wrong):
+    for f in (knn, linear):
+        net = Net()
+        with pytest.raises(ValueError, match=wrong): f(net, make_data(), **words)
+        assert net.log == []
+
+def test_classes_that_train_lacks_are_noted():
+    r = knn(Net(), ImageData(make_images(60, classes=2, seed=1), make_images(30, classes=3, seed=2), 'more'), k=5, baselines=False)
+    assert '10 test images are of classes without a training image' in r.note
+
+@pytest.mark.parametrize('chunk', [7, 30, 1000])
+def test_ties_go_to_the_first(chunk):
+    "Features with few distinct rows: whatever the chunks, the neighbours are those of a stable sort."
+    g = torch.Generator().manual_seed(0)
+    rows = torch.eye(5)[:, :4]
+    bank, queries = rows[torch.randint(4, (200,), generator=g)], rows[torch.randint(4, (20,), generator=g)]
+    expected = (queries @ bank.T).sort(dim=1, descending=True, stable=True).indices[:, :70]
+    assert torch.equal(topk_similar(queries, bank, 70, bank_chunk=chunk)[1], expected)
+
+def test_another_size_than_the_encoders_own():
+    net, data = vit(size=16, patch=4, width=32, depth=1, heads=2), make_data(size=32)
+    r = knn(net, data, k=5, size=32)
+    assert r.settings['size'] == 32 and 'random encoder' in r.baselines and net.sizes == {16}
+    with pytest.raises(ValueError, match='size=30'): knn(net, data, k=5, size=30)
+
+def test_an_encoder_file_remembers_what_it_was_trained_on(tmp_path):
+    from ssl_patch.encoders import load_encoder, save_encoder
+    net, data = vit(size=8, patch=4, width=16, depth=1, heads=2), make_data()
+    assert load_encoder(save_encoder(net, tmp_path/'a.safetensors')).trained_on is None
+    net.trained_on = data.test.fingerprints()
+    with pytest.raises(ValueError, match='trained on 30 of 30'): knn(load_encoder(save_encoder(net, tmp_path/'a.safetensors')), data, k=5)

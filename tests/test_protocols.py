@@ -71,7 +71,8 @@ def test_learning_rate_inside_an_epoch():
         assert [round(math.log10(30 / d)) for d in drops] == [(e >= math.ceil(.6*epochs - 1e-9)) + (e >= math.ceil(.8*epochs - 1e-9)) for e in range(epochs)]
 
 @pytest.mark.parametrize('bad', [dict(epochs=0), dict(batch_size=0), dict(lr=0.), dict(lr=math.nan), dict(schedule='linear'), dict(start='zero'), dict(drops=(60,)), dict(momentum=1.),
-                                 dict(nesterov=True, momentum=0.), dict(weight_decay=-1.), dict(pad=-1), dict(pad=.5), dict(scale=(1., .1)), dict(flip=2.), dict(lr_batch=0)])
+                                 dict(nesterov=True, momentum=0.), dict(weight_decay=-1.), dict(pad=-1), dict(pad=.5), dict(scale=(1., .1)), dict(flip=2.), dict(lr_batch=0),
+                                 dict(drops=.6), dict(drops=('a',)), dict(drops=None), dict(momentum=None), dict(weight_decay='1'), dict(scale=.5), dict(scale=(.1,)), dict(flip=None), dict(nesterov=1), dict(lr='x')])
 def test_recipe_errors(bad):
     with pytest.raises(ValueError, match=next(iter(bad))): LinearRecipe(**bad)
 
@@ -116,9 +117,11 @@ def test_encoder_is_frozen_in_eval_mode_and_left_as_it_was():
 
 def test_fresh_views_pass_every_image_in_every_epoch_and_cached_ones_do_not():
     data, net = make_data(), Net()
-    def cost(**kw): before = counts.get(id(net), 0); linear_probe(net, data, baselines=False, **quick, **kw); return counts[id(net)] - before
-    assert cost() == 60 + 30 + 3*60                                               # train and test once, without augmentation
-    assert cost() == 3*60 and cost(views=2) == 2*60 and cost(views=50) == 3*60    # the first two are remembered
+    def costs(n, **kw):                                                           # and a few images that tell whether features are known
+        before = counts.get(id(net), 0); linear_probe(net, data, baselines=False, **quick, **kw)
+        return n <= counts[id(net)] - before < n + 20
+    assert costs(60 + 30 + 3*60)                                                  # train and test once, without augmentation
+    assert costs(3*60) and costs(2*60, views=2) and costs(3*60, views=50)         # the first two are remembered
 
 def test_cached_equals_fresh_without_augmentation():
     data, off = make_data(), dict(scale=None, flip=0.)
@@ -137,7 +140,7 @@ def test_record_of_linear_probe(tmp_path):
     r = linear_probe(Net(), data, 'moco_v3', epochs=2, lr=.2, views=1, name='mine', seed=3, out=tmp_path)
     assert (r.protocol, r.metric, r.encoder, r.seed, r.n_train, r.n_test) == ('linear, augmented', 'top-1', 'mine', 3, 60, 30)
     assert {k: r.settings[k] for k in ('recipe', 'views', 'epochs', 'lr', 'batch_size', 'schedule', 'size')} == dict(
-        recipe='moco_v3', views=1, epochs=2, lr=.2, batch_size=1024, schedule='cosine per epoch', size=8)
+        recipe='moco_v3', views=1, epochs=2, lr=.2, batch_size=60, schedule='cosine per epoch', size=8) # all of train: fewer than 1024
     assert set(r.baselines) == {'raw pixels', 'random encoder'} and r.per_image().mean().item() == pytest.approx(r.value) and r.seconds > 0
     assert load_records(tmp_path) == [r]
     assert linear_probe(Net(), data, LinearRecipe(epochs=2), views=1, baselines=False).settings['recipe'] == 'custom'
@@ -287,13 +290,13 @@ def test_logistic_chooses_on_held_out_train_images():
         r = logistic(net, data, wds=wds, seed=7, max_iter=2000)
         official = logistic(net, data, wds=wds, validation=va, max_iter=2000, baselines=False)
     assert r.chosen['validation'] == pytest.approx(max(scores.values()), abs=1/len(va) + 1e-6)
-    assert r.chosen['wd'] == official.chosen['wd'] and official.value == r.value and official.settings['validation'] == f'{len(va)} images'
-    assert set(r.baselines) == {'raw pixels', 'random encoder'} and r.settings['wds'] == '6 from 0.001 to 10000'
+    assert r.chosen['wd'] == official.chosen['wd'] and official.value == r.value and official.settings['validation'].startswith(f'{len(va)} images, ')
+    assert set(r.baselines) == {'raw pixels', 'random encoder'} and r.settings['wds'] == sorted(wds)
     double = TensorImages(torch.cat([data.test.images[:4], data.train.images]), torch.cat([data.test.labels[:4], y]), data.classes)
     with warnings.catch_warnings():                                               # numbers of an official split hold when copies are left out
         warnings.simplefilter('ignore')
         again = logistic(net, ImageData(double, data.test), wds=wds, validation=va + 4, max_iter=2000, baselines=False, overlap='drop')
-    assert (again.value, again.chosen) == (official.value, official.chosen)
+    assert (again.value, again.chosen, again.settings) == (official.value, official.chosen, {**official.settings, 'overlap': 'drop'})
     with warnings.catch_warnings():
         warnings.simplefilter('ignore'); assert logistic(net, data, wds=wds, seed=7, max_iter=2000).value == r.value
 
@@ -583,3 +586,110 @@ def test_cifar10_against_scikit_learn():
         sk = LogisticRegression(C=1/wd, max_iter=3000).fit(x - x.mean(0), y)
         ours = logistic(net, data, wds=[wd], max_iter=3000, baselines=False, overlap='keep')
         assert ours.value == pytest.approx((sk.predict(u - x.mean(0)) == v).mean(), abs=.006) and .2 < ours.value < .6
+
+# ---------------------------------------------------------------- settings that tell apart, and arguments that do not fit
+def test_settings_tell_grids_apart():
+    from ssl_patch.protocols import _in_words
+    assert _in_words(weight_decays()) == '45 from 1e-06 to 100000' and _in_words(weight_decays(8, -4, 3)) == '8 from 0.0001 to 1000'
+    assert _in_words(weight_decays(9, -4, 3)[::-1]) == '9 from 0.0001 to 1000' and _in_words([.1]) == [.1]
+    other = weight_decays(8, -4, 3); other[3] *= 1.1
+    assert _in_words(other) == sorted(other) and _in_words(weight_decays(8, -4.1234567, 3)) == weight_decays(8, -4.1234567, 3)
+
+def quiet(f, *args, **kw):
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); return f(*args, **kw)
+
+def test_other_validation_rows_are_another_measurement(tmp_path):
+    data, net, wds = make_data(80, 60, hard=True, noise=90), Net(), [1e-3, 1e3, 3e4]
+    rows = [torch.arange(0, 40), torch.arange(40, 80), torch.arange(0, 80, 5)]
+    each = [quiet(logistic, net, data, wds=wds, validation=v, out=tmp_path) for v in rows]
+    alone = [quiet(logistic, net, make_data(80, 60, hard=True, noise=90), wds=wds, validation=v) for v in rows]    # nothing is remembered there
+    assert [r.baselines for r in each] == [r.baselines for r in alone] and [r.value for r in each] == [r.value for r in alone]
+    assert len({r.settings['validation'] for r in each}) == 3 and len(load_records(tmp_path)) == 3
+    assert quiet(logistic, net, data, wds=wds, validation=rows[0].flip(0).int(), baselines=False).settings == each[0].settings
+    grids = [quiet(logistic, net, data, wds=w, max_iter=20) for w in ([1e-3, 1e-2, .1, 1., 10., 1e5], [1e-3, 3e3, 1e4, 3e4, 6e4, 1e5])]
+    fresh = [quiet(logistic, net, make_data(80, 60, hard=True, noise=90), wds=g.settings['wds'], max_iter=20) for g in grids]
+    assert grids[0].settings != grids[1].settings and [g.baselines for g in grids] == [f.baselines for f in fresh]
+    assert grids[0].baselines != grids[1].baselines                               # so the memory had to tell them apart
+
+def test_the_strongest_of_equals_is_kept_where_a_class_cannot_be_learned():
+    data, (y, v) = several_labels(make_data(80, 60, noise=10))
+    y[:, 0] = 0                                                                   # fits nothing, and comes first
+    assert quiet(logistic, Net(), data, targets=(y, v), wds=[.1, 1., 1., 10.], metric='area mAP', baselines=False).chosen['wd'] in (.1, 1., 10.)
+    y[:, 1:] = 0; v2 = v.clone()
+    r = quiet(logistic, Net(), data, targets=(torch.where(torch.arange(80)[:, None] == 0, 1, y), v2), wds=[.1, 1., 10.], validation=torch.tensor([0, 1]), baselines=False)
+    assert r.chosen['wd'] == 10.
+
+def leaky(keep, y=None):
+    "Train has `keep` images of class 0 that test has not, and eight that it has."
+    clean = make_data(90, 30)
+    zero = clean.train.images[clean.train.labels == 0]
+    x = torch.cat([zero[:keep + 8], clean.train.images[clean.train.labels > 0]])
+    y = torch.cat([torch.zeros(keep + 8).long(), clean.train.labels[clean.train.labels > 0]])
+    test = TensorImages(torch.cat([clean.test.images, zero[keep:keep + 8]]), torch.cat([clean.test.labels, torch.zeros(8).long()]), clean.classes)
+    return ImageData(TensorImages(x, y, clean.classes), test, 'leaky')
+
+def test_what_drop_leaves_is_checked_before_work():
+    net = Net()
+    for says, kw in (("shots=5: class 'c0' has only 4 positive train images after overlap='drop' has left out 8", dict(shots=5)), ("class 'c0' has only 2 positive", dict(C=(.1, 1.)))):
+        data = leaky(4 if 'shots' in kw else 2)
+        with pytest.raises(ValueError, match=says): svm(net, data, overlap='drop', **kw)
+        targets = tuple(F.one_hot(s.labels, 3) for s in (data.train, data.test))
+        with pytest.raises(ValueError, match='has only'): svm(net, data, targets, overlap='drop', **kw)
+        with pytest.raises(ValueError, match='8 of 38 test images'): svm(net, data, **kw)
+    for f, says, kw in ((retrieval, 'k=63.*62', dict(k=63, metric='R@63')), (retrieval, 'k=63.*62', dict(k=(1, 63), metric='mAP')), (logistic, "overlap='drop' leaves 0 of these", dict(validation=torch.arange(2, 10)))):
+        with pytest.raises(ValueError, match=says): f(net, leaky(2), overlap='drop', **kw)
+    assert counts.get(id(net), 0) == 0
+    assert svm(net, leaky(4), shots=4, draws=2, overlap='drop', baselines=False).n_train == 64
+    assert svm(net, leaky(3), C=(.1, 1.), overlap='drop', baselines=False).settings['C'] == [.1, 1.]
+    assert retrieval(net, leaky(2), k=62, metric='R@62', overlap='drop', baselines=False).value == 1.
+
+def test_too_few_negatives_for_the_folds():
+    y = torch.ones(60, 2).long(); y[:2, 0] = 0; y[:30, 1] = 0
+    with pytest.raises(ValueError, match='class 0 has only 2 negative'): svm(Net(), ImageData(TensorImages(make_images(60).images), TensorImages(make_images(30, seed=2).images)), (y, y[:30]), C=(.1, 1.))
+
+def test_too_few_images_to_hold_any_out():
+    net, data = Net(), ImageData(make_images(3, seed=1), make_images(30, seed=2))
+    with pytest.raises(ValueError, match='too few images to hold any out'): logistic(net, data)
+    assert counts.get(id(net), 0) == 0
+
+@pytest.mark.parametrize('f, says, kw', [
+    (linear_probe, 'drops=0.6', dict(drops=.6)), (linear_probe, 'momentum=None', dict(momentum=None)), (linear_probe, 'recipe=5', dict(recipe=5)), (linear_probe, 'recipe=', dict(recipe=['moco'])),
+    (linear_probe, 'scale=5', dict(scale=5)), (linear_probe, 'views=1.5', dict(views=1.5)), (linear_probe, 'resize', dict(resize='256')),
+    (retrieval, 'k=1.5', dict(k=1.5)), (retrieval, "k='5'", dict(k='5')), (retrieval, 'k=1.5', dict(k=(1, 1.5))), (retrieval, 'k=None', dict(k=None)), (retrieval, 'gallery', dict(gallery=None)),
+    (logistic, 'wds=1.0', dict(wds=1.)), (logistic, 'wds=', dict(wds=[None])), (logistic, 'wds=', dict(wds='abc')), (logistic, 'wds=', dict(wds=[])), (logistic, 'validation', dict(validation=None)),
+    (logistic, 'validation', dict(validation=torch.zeros(60).bool())), (logistic, 'validation', dict(validation=torch.tensor([.5]))), (logistic, 'max_iter=1.5', dict(max_iter=1.5)),
+    (svm, 'C=', dict(C='1')), (svm, 'C=True', dict(C=True)), (svm, 'shots=1.5', dict(shots=1.5)), (svm, 'kind=5', dict(kind=5)), (svm, 'negatives', dict(negatives=None))])
+def test_wrong_types_name_the_argument(f, says, kw):
+    net = Net()
+    with pytest.raises(ValueError, match=says): f(net, make_data(), **kw)
+    assert counts.get(id(net), 0) == 0
+
+@pytest.mark.parametrize('f', [svm, logistic])
+def test_wrong_data_and_targets(f):
+    data, (y, v) = several_labels(make_data())
+    for says, args in (('targets: .*ndarray', (data, (y.numpy(), v.numpy()))), ('targets: .*ndarray', (data, y.numpy())), ('targets', (data, (y, v, v))), ('targets', (data, (y, v[:5]))),
+                       ('targets', (data, 'photos')), ("data: .*got str", ('photos', (y, v)))):
+        with pytest.raises(ValueError, match=says): f(Net(), args[0], targets=args[1])
+    for g in (linear_probe, logistic, svm, retrieval):
+        with pytest.raises(ValueError, match='data: '): g(Net(), 'photos')
+        with pytest.raises(ValueError, match='encoder: '): g('photos', make_data())
+
+@pytest.mark.parametrize('name', ['moco', 'small'])
+def test_streamed_and_in_memory_give_the_same_views(tmp_path, name):
+    from PIL import Image
+    from ssl_patch.protocols import _augmented
+    store = make_images(20, size=12)
+    for i, x in enumerate(store.images): Image.fromarray(x.permute(1, 2, 0).numpy()).save(tmp_path/f'{i:02d}.png')
+    files = FileImages(ByteFiles(tmp_path, [f'{i:02d}.png' for i in range(20)]), store.labels, store.classes)
+    batches = torch.randperm(20, generator=gen()).split(8)
+    made = [torch.cat(list(_augmented(s, linear_recipes[name], 8, None, batches, (0, 1, 'views'), torch.device('cpu'), w))) for s, w in ((store, 0), (files, 0), (files, 2))]
+    assert torch.equal(made[1], made[2]) and torch.allclose(made[0], made[1], atol=1e-6) and made[0].shape == (20, 3, 8, 8)
+    data = ImageData(files, make_images(30, seed=3, size=12), 'files')
+    a, b = (linear_probe(Net(), ImageData(s, data.test), name, baselines=False, **quick) for s in (store, files))
+    assert a.each == b.each
+
+def test_a_folder_that_cannot_be_is_told_before_work(tmp_path):
+    (tmp_path/'file').write_text('x'); net = Net()
+    for f, kw in ((linear_probe, quick), (logistic, {}), (svm, {}), (retrieval, dict(k=1))):
+        with pytest.raises((ValueError, OSError), match='file'): f(net, make_data(), out=tmp_path/'file', **kw)
+    assert counts.get(id(net), 0) == 0

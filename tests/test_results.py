@@ -196,14 +196,17 @@ def test_seeds_of_the_probe_are_averaged(tmp_path):
 
 def test_protocols_are_chosen_and_ordered(tmp_path):
     folder = write(tmp_path, 'a', 0, .5, protocols=('kNN', 'linear', 'svm'))
-    assert compare([folder], protocols=['svm', 'kNN', 'never']).columns == ['svm', 'kNN']
+    assert compare([folder], protocols=['svm', 'kNN']).columns == ['svm', 'kNN']
+    assert compare([folder], protocols='kNN').columns == ['kNN'] == compare(folder, protocols=('kNN',)).columns
+    for wrong in ('knn', ['kNN', 'knn'], [], 3):
+        with pytest.raises(ValueError, match='protocols=.*there is kNN, linear, svm'): compare([folder], protocols=wrong)
     with pytest.raises(ValueError, match='none given'): compare([])
     with pytest.raises(ValueError, match="baseline='b'.*there is a"): compare([folder], 'b')
 
 def test_differences(runs):
     c = compare(runs)
     assert c.gaps('CO2', 'MoCo v2', 'kNN') == pytest.approx({0: 2, 1: -1}) # seed 2 has one of them alone
-    assert '| CO2 over MoCo v2 | +0.5 (-1.0 to +2.0; above in 1 of 2) |' in c.differences and 'bootstrap over seeds alone, which is rough' in c.differences
+    assert '| CO2 over MoCo v2 | +0.5 (-1.6 to +2.6; above in 1 of 2) |' in c.differences and 'bootstrap over seeds alone, which is rough' in c.differences
     one = compare([r for r in runs if r.seed == 0])
     assert '| +2.0 (one seed) |' in one.differences and 'no interval where there is one seed' in one.differences
     assert '| no seed in common |' in compare([runs[0], runs[-1]]).differences
@@ -240,6 +243,79 @@ def test_save_and_csv(runs, tmp_path):
     text = (tmp_path/'out'/'deep'/'comparison.md').read_text()
     assert c.table in text and c.differences in text and c._repr_markdown_() == repr(c)
 
+# ---------------------------------------------------------------- which images, which seeds, which notes
+def half(root, name, seed, right, test, **kw):
+    "A run that was measured on 50 images with a hash."
+    return write(root, name, seed, right.float().mean().item(), each=pack_each(right), n_test=50, images={'train': 't', 'test': test} if test else {}, **kw)
+
+def test_other_test_images_are_never_paired(tmp_path):
+    "Two disjoint halves of one test set, as many images of each class: only the hash tells."
+    y = torch.arange(100) % 10; first, second = y[:50], y[50:]
+    assert first.bincount().equal(second.bincount())
+    for s in range(2):
+        half(tmp_path, 'a', s, torch.arange(50) % 3 > 0, 'aaaaaa1'); half(tmp_path, 'b', s, torch.arange(50) % 2 > 0, 'bbbbbb1')
+    c = compare(tmp_path)
+    assert c.columns == ['kNN test_images=aaaaaa', 'kNN test_images=bbbbbb'] and c.gaps('b', 'a', c.columns[0]) == {}
+    assert 'b and a have no column in common' in c.differences and 'bootstrap' not in c.differences
+    with pytest.raises(ValueError, match='several ways'): scores(c.runs, 'kNN')
+    same = {h: tmp_path/f'with{h}' for h in ('', 'aaaaaa1')}
+    for h, root in same.items(): # the same images, or not known: paired
+        half(root, 'a', 0, torch.arange(50) % 3 > 0, 'aaaaaa1'); half(root, 'b', 0, torch.arange(50) % 2 > 0, h)
+        assert compare(root).columns == ['kNN'] and '- bootstrap over test images' in compare(root).differences
+    half(tmp_path, 'c', 0, torch.arange(50) % 2 > 0, '') # which of the two, nobody knows
+    assert compare(tmp_path).columns[-1] == 'kNN test_images=not_recorded'
+
+def test_other_training_images_are_told(tmp_path):
+    for s in (0, 1): write(tmp_path, 'a', s, .5, images=dict(train=str(s), test='x'))
+    assert compare(tmp_path).columns == ['kNN'] and '- kNN: 2 different sets of training images' in compare(tmp_path).table
+
+@pytest.mark.parametrize('n,said', [(1, 'one seed: such an interval says nothing about other seeds'), (2, '61 % of experiments with 2 seeds'),
+                                    (3, '81 % of experiments with 3 seeds'), (4, '84 % of experiments with 4 seeds'), (5, None)])
+def test_few_seeds_are_told_beneath_every_table_of_differences(tmp_path, n, said):
+    for s in range(n):
+        for name, v in (('a', .4), ('b', .5)): write(tmp_path, name, s, v + .01*s, each=each(v + .01*s, seed=10*s + len(name)))
+    c = compare(tmp_path)
+    for text in (c.differences, c.between([('a', 'b')])): assert (said in text) if said else 'few seeds' not in text
+    assert ('too short' in c.plot().get_suptitle()) == (n < 5)
+
+@pytest.mark.parametrize('wrong,why', [(dict(runs=None), 'runs=None'), (dict(runs=[None]), 'runs=None'), (dict(runs=3), 'runs=3'), (dict(draws='a'), "draws='a'"),
+                                       (dict(draws=0), 'draws=0'), (dict(draws=True), 'draws=True'), (dict(seed='x'), "seed='x'")])
+def test_compare_names_what_is_wrong(runs, wrong, why):
+    with pytest.raises(ValueError, match=why): compare(**{'runs': runs} | wrong)
+
+def test_compare_names_a_folder_without_records(tmp_path):
+    (tmp_path/'empty').mkdir(); write(tmp_path, 'a', 0, .5, protocols=())
+    good = write(tmp_path/'more', 'b', 0, .5)
+    for given in (tmp_path/'empty', tmp_path/'a_seed0', tmp_path/'nowhere', [good, tmp_path/'empty'], [good, str(tmp_path/'a_seed0')]):
+        bad = given[-1] if isinstance(given, list) else given
+        with pytest.raises(ValueError, match=f'{bad}'): compare(given)
+    with pytest.raises(ValueError, match='a: no records'): compare([load_run(tmp_path/'a_seed0')])
+    for given in (None, 3, [None]):
+        with pytest.raises(ValueError, match='folders='): load_runs(given)
+        with pytest.raises(ValueError, match='folders='): ledger(given)
+    with pytest.raises(ValueError, match='empty'): ledger(tmp_path/'empty')
+    with pytest.raises(ValueError, match='none given'): ledger({})
+
+@pytest.mark.parametrize('seed', [0, 3])
+def test_the_seed_of_a_folder_that_says_it(tmp_path, seed):
+    for p in ('kNN', 'linear'): Record(p, .5, 'a', 'cifar10', .1, seed=7).save(tmp_path/f'a_seed{seed}')
+    c = compare(tmp_path)
+    assert c.values('a', 'kNN') == {seed: .5} and c.notes_of_rows == [f'a: the run of seed {seed} was measured with seed 7']
+    assert f'- a: the run of seed {seed} was measured with seed 7' in c.table
+    Record('kNN', .6, 'a', 'cifar10', .1, seed=seed).save(tmp_path/f'b_seed{seed}')
+    assert len(compare(tmp_path).notes_of_rows) == 1
+
+def test_notes_stand_with_their_rows(tmp_path):
+    for name, s, more in (('a', 0, ''), ('a', 1, ''), ('b', 0, ''), ('b', 1, '; 5 test images are in train too: kept'), ('c', 0, '; from JPEGs')):
+        write(tmp_path, name, s, .5, note='ten classes' + more, protocols=('kNN', 'linear'))
+    c = compare(tmp_path)
+    assert c.notes_of_rows == ['b (seed 1) in kNN and linear: 5 test images are in train too: kept', 'c in kNN and linear: from JPEGs']
+    assert c.table.count('ten classes') == 1 and '- b (seed 1) in kNN and linear: 5 test images' in c.table and c.table in repr(c)
+    text = ledger(tmp_path)
+    assert '\ncifar10: ten classes.\nb (seed 1) in kNN and linear: 5 test images are in train too: kept.\n' in text
+    only = compare(tmp_path/'b_seed1')
+    assert '5 test images are in train too: kept' in only.table and only.notes_of_rows == [] # all records say it: with the data
+
 # ---------------------------------------------------------------- the bootstrap
 def right(p, seeds, images, key): return {s: torch.rand(images, generator=torch.Generator().manual_seed(1000*key + s)) < p for s in range(seeds)}
 
@@ -249,10 +325,21 @@ def test_bootstrap_against_a_double_loop(seeds, images):
     found, g = [], random.Random(0)
     for _ in range(2000):
         s, i = g.choices(range(seeds), k=seeds), torch.tensor(g.choices(range(images), k=images))
-        found.append(mean((a[k].double()[i] - b[k].double()[i]).mean().item() for k in s))
+        ahead = [(a[k].double()[i] - b[k].double()[i]).mean().item() for k in range(seeds)]
+        centre = mean(ahead)
+        found.append(centre + (math.sqrt(seeds/(seeds - 1))*(mean(ahead[k] for k in s) - centre) if seeds > 1 else 0))
     m, low, high = paired_bootstrap(a, b, draws=20_000)
     assert m == pytest.approx(mean((a[s].double() - b[s].double()).mean().item() for s in a))
     assert (low, high) == pytest.approx(torch.tensor(found).quantile(torch.tensor([.025, .975])).tolist(), abs=.03)
+
+@pytest.mark.parametrize('seeds', [2, 3, 5])
+def test_the_seed_part_is_as_wide_as_the_variance_between_seeds_says(seeds):
+    "Many seeds alike in all images: the bootstrap's spread is that of an unbiased standard error, not sqrt((S-1)/S) of it."
+    d = torch.linspace(-1, 1, seeds).double()
+    u = torch.cartesian_prod(*[d]*seeds).reshape(-1, seeds).mean(1)*math.sqrt(seeds/(seeds - 1)) # all draws there are
+    assert u.var(correction=0).item() == pytest.approx((d.var()/seeds).item())
+    _, low, high = paired_bootstrap({s: v.item() for s, v in enumerate(d)}, dict.fromkeys(range(seeds), 0.), draws=40_000)
+    assert (low, high) == pytest.approx(u.repeat(1000).quantile(torch.tensor([.025, .975], dtype=torch.double)).tolist(), abs=.02)
 
 def test_bootstrap_of_a_normal_mean():
     "One seed, many images: the interval is the textbook's."
@@ -298,13 +385,12 @@ def test_plot(runs, tmp_path):
     last = top.get_lines()[-2]
     assert last.get_color() == 'tab:green' and list(last.get_xdata()) == [42, 43] and list(last.get_ydata()) == [4, 4]
     interval, points, bar = gap.get_lines()[:3]
-    assert list(points.get_xdata()) == pytest.approx([2, -1]) and list(bar.get_xdata()) == pytest.approx([.5, .5]) and list(interval.get_xdata()) == pytest.approx([-1, 2], abs=1e-4)
+    assert list(points.get_xdata()) == pytest.approx([2, -1]) and list(bar.get_xdata()) == pytest.approx([.5, .5]) and list(interval.get_xdata()) == pytest.approx([.5 - 1.5*2**.5, .5 + 1.5*2**.5], abs=1e-4)
 
 def test_plot_of_many_columns_and_of_one_method(tmp_path):
     folder = write(tmp_path, 'a', 0, .5, protocols=[f'p{i}' for i in range(5)])
     fig = compare([folder]).plot()
     assert len(fig.axes) == 6 and [ax.get_title().split('\n')[0] for ax in fig.axes if ax.axison] == [f'p{i}' for i in range(5)]
-    with pytest.raises(ValueError, match='no records'): compare([folder], protocols=['kNN']).plot()
 
 def test_sweep(runs):
     ax, = sweep(runs, {'MoCo v2': 3, 'CO2': 1}, 'a number', ['kNN'])
@@ -334,7 +420,7 @@ def test_ledger(tmp_path):
     rows = [[c.strip() for c in line.split('|')[1:-1]] for line in text.split('\n\n')[0].splitlines()]
     assert rows[0] == ['%', 'no.', 'kNN', 'training time'] and [r[0] for r in rows[2:]] == ['chance', 'raw pixels', 'random encoder', 'CO2', 'MoCo v2']
     assert rows[-2] == ['CO2', '1', '51.0 ± 1.4', '2.0 min'] and rows[-1][1] == '2'
-    assert 'network vit tiny, patch 4; epochs 2; batch 128; seeds 0, 1; probe time not recorded; hardware an abacus; started 2026-11-20 / 2026-11-21.' in text
+    assert 'network vit tiny, patch 4; epochs 2; batch 128; seeds 0, 1; probe time not recorded; hardware an abacus; started 2026-11-20 / 2026-11-21; commit abc1234; versions torch 2.6.' in text
     assert '\nkNN: top-1 on cifar10.\n' in text
     assert '1. CO2: `ssl_patch pretrain --out CO2_seedN --data cifar10.npz --method co2 --seed N`\n' in text # once for both seeds
     assert 'details' not in ledger(tmp_path, commands=False) and '/data/' not in text
@@ -360,3 +446,13 @@ def test_ledger_says_once_what_networks_share(tmp_path):
 def test_ledger_orders_numbers(tmp_path):
     for p in ('10', '3', '0.5', '0.25'): kept(tmp_path, f'p_{p}', 0, .5)
     assert [line.split('|')[1].strip() for line in ledger(tmp_path).split('\n\n')[0].splitlines()[5:]] == ['p 0.25', 'p 0.5', 'p 3', 'p 10']
+
+def test_ledger_tells_how_it_was_measured(tmp_path):
+    for s in (0, 1):
+        both = 'ssl_patch probe runs/x/a_seed0 runs/x/a_seed1 --data /data/c.npz'
+        kept(tmp_path, 'a', s, .5, command=both, versions=dict(ssl_patch='0.2', torch='2.7', commit='fff0000'))
+        kept(tmp_path, 'b', s, .5, command=f'ssl_patch probe runs/x/b_seed{s} --seed {s}')
+    text = ledger(tmp_path)
+    assert '--seed N`; measured by `ssl_patch probe a_seedN --data c.npz`' in text and '; measured by `ssl_patch probe b_seedN --seed N`' in text
+    assert '; commit of the measurement fff0000; versions of the measurement ssl_patch 0.2, torch 2.7\n' in text
+    assert 'commit abc1234; versions torch 2.6' in text and 'short where features were kept' in text

@@ -57,7 +57,7 @@ def test_a_run_that_never_began_can_be_begun_again(pretrainer, tmp_path):
     "A crash before the first checkpoint leaves a config.json alone: the folder is free."
     run = pretrainer(out=tmp_path/'r'); run.method.objective = lambda q, k, queue: 1/0
     with pytest.raises(ZeroDivisionError): run.fit()
-    assert sorted(f.name for f in (tmp_path/'r').iterdir()) == ['config.json', 'trained_on.npy']
+    assert sorted(f.name for f in (tmp_path/'r').iterdir()) == ['config.json']
     pretrainer(out=tmp_path/'r', lr=.0123).fit(1)
     assert json.loads((tmp_path/'r'/'config.json').read_text())['lr'] == .0123
 
@@ -174,7 +174,7 @@ def test_loss_that_is_not_finite(pretrainer, tmp_path):
 
 def test_run_folder(pretrainer, tmp_path):
     run = pretrainer(out=tmp_path/'r', knn_every=2).fit()
-    assert {f.name for f in (tmp_path/'r').iterdir()} == {'config.json', 'metrics.csv', 'checkpoint.pt', 'encoder.safetensors', 'curves.png', 'trained_on.npy'}
+    assert {f.name for f in (tmp_path/'r').iterdir()} == {'config.json', 'metrics.csv', 'checkpoint.pt', 'encoder.safetensors', 'curves.png'}
     rows = list(csv.DictReader(open(tmp_path/'r'/'metrics.csv')))
     assert [int(r['epoch']) for r in rows] == [1, 2, 3, 4] and [bool(r['knn']) for r in rows] == [False, True, False, True]
     config = json.loads((tmp_path/'r'/'config.json').read_text())
@@ -340,3 +340,20 @@ def test_curves_of_old_histories(pretrainer):
     assert len(plot_curves(bare).axes) == 4
     mixed = plot_curves(bare + [dict(h[-1], epoch=3, within=.5, between=.1), dict(h[-1], epoch=4, within=.4, between=.1)])
     assert len(mixed.axes) == 5 and mixed.axes[3].lines[0].get_xdata().tolist() == [3, 4]
+
+def test_a_run_is_not_resumed_on_other_images(noise, pretrainer, tmp_path):
+    "The same number of images, and another one among them."
+    run = pretrainer(out=tmp_path/'r'); run.fit(1)
+    kept = noise.train.images.clone()
+    try:
+        noise.train.images[0] = 0
+        with pytest.raises(ValueError, match='belongs to another run. data'): pretrainer(out=tmp_path/'r', resume=True)
+    finally: noise.train.images.copy_(kept)
+    pretrainer(out=tmp_path/'r', resume=True).fit()
+
+def test_an_older_checkpoint_that_does_not_say_its_images_is_resumed(pretrainer, tmp_path):
+    run = pretrainer(out=tmp_path/'r'); run.fit(1)
+    state = torch.load(tmp_path/'r'/'checkpoint.pt', weights_only=True)
+    data = json.loads(state['identity']['data']); data.pop('images'); state['identity']['data'] = json.dumps(data); state.pop('trained_on')
+    torch.save(state, tmp_path/'r'/'checkpoint.pt')
+    assert pretrainer(out=tmp_path/'r', resume=True).fit().history[-1]['epoch'] == 4

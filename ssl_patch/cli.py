@@ -23,7 +23,7 @@ from .patches import dense_match, show_matches, show_pairs, show_patches, true_m
 from .peers import open_encoder
 from .probes import architecture, knn, linear, load_records, neighbours, show_tokens, table
 from .protocols import LinearRecipe, linear_probe, logistic, retrieval, svm, voc07
-from .results import compare, name_and_seed
+from .results import compare, load_runs, name_and_seed
 from .terms import match_term, repco_term
 from .training import Pretrainer, usable
 from .views import generator_for, make_view, show_views
@@ -262,7 +262,9 @@ class Compare:
     seed: int = 0 # of the bootstrap
 
     def go(self):
-        found = compare(list(self.runs), self.baseline, self.protocols or None, seed=self.seed)
+        found, there = compare(list(self.runs), self.baseline, self.protocols or None, seed=self.seed), load_runs(list(self.runs), probed=False)
+        for r in there:
+            if not r.records: print(f'{r.name}, seed {r.seed}: not probed, left out')
         print(found)
         if self.out: print(f'\ncomparison.md, .csv and .png are in {found.save(self.out)}')
 

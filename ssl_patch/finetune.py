@@ -295,7 +295,7 @@ def _draw_rows(rows, names):
             ax.set(xticks=[], yticks=[])
             for s in ax.spines.values(): s.set_visible(False)
             if t is None: continue
-            ax.set_xlabel('\n'.join(f'{v:.0%} {names[c]}'[:16] for v, c in zip(*t[i].topk(2))), fontsize=5.5, labelpad=1)
+            ax.set_xlabel('\n'.join(f'{v:.0%} {names[c]}'[:12] for v, c in zip(*t[i].topk(2))), fontsize=5, labelpad=1)
     plt.close(fig)
     return fig
 

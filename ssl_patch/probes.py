@@ -128,8 +128,9 @@ class raw_pixels(nn.Module):
 # %% ../nbs/08_probes.ipynb #a5dfe463
 def _first_largest(s, k):
     "The `k` largest of every row (Q,N) in falling order, and where they are; of equal ones the first."
-    best, at = s.topk(k, dim=1, sorted=False)
-    tied = (s >= best.amin(1, keepdim=True)).sum(1) > k # more than k are as large as the k-th
+    best, at = s.topk(min(k + 1, s.shape[1]), dim=1)
+    tied = best[:, k - 1] == best[:, -1] if s.shape[1] > k else best[:, 0] != best[:, 0] # the next one is as large
+    best, at = best[:, :k].clone(), at[:, :k].clone()
     if tied.any():
         order = s[tied].sort(dim=1, descending=True, stable=True)
         best[tied], at[tied] = order.values[:, :k], order.indices[:, :k]
@@ -149,18 +150,19 @@ def topk_similar(queries: Tensor, # (Q,D) features, any length
     if queries.ndim != 2 or bank.ndim != 2 or queries.shape[1] != bank.shape[1]:
         raise ValueError(f'queries {tuple(queries.shape)} and bank {tuple(bank.shape)}: expected (Q,D) and (N,D)')
     if k > len(bank): raise ValueError(f'k={k}: the bank has only {len(bank)} entries')
-    sims, inds, device = [], [], device or queries.device
-    for q in queries.split(chunk):
-        q, best, at = F.normalize(q.to(device).float(), dim=1), None, None
-        for start in range(0, len(bank), bank_chunk):
-            b = F.normalize(bank[start:start + bank_chunk].to(device).float(), dim=1)
+    home = queries.device
+    device, found = device or queries.device, [None] * math.ceil(len(queries) / chunk)
+    queries = [F.normalize(q.to(device).float(), dim=1) for q in queries.split(chunk)]
+    for start in range(0, len(bank), bank_chunk):
+        b = F.normalize(bank[start:start + bank_chunk].to(device).float(), dim=1)
+        for n, q in enumerate(queries):
             s, i = _first_largest(q @ b.T, min(k, len(b)))
             i = i + start
-            if best is not None:
-                s, j = torch.cat([best, s], 1).sort(dim=1, descending=True, stable=True)
-                s, i = s[:, :k], torch.cat([at, i], 1).gather(1, j[:, :k])
-            best, at = s, i
-        sims.append(best.to(queries.device)); inds.append(at.to(queries.device))
+            if found[n] is not None:
+                s, j = torch.cat([found[n][0], s], 1).sort(dim=1, descending=True, stable=True)
+                s, i = s[:, :k], torch.cat([found[n][1], i], 1).gather(1, j[:, :k])
+            found[n] = s, i
+    sims, inds = ([x.to(home) for x in part] for part in zip(*found))
     return torch.cat(sims), torch.cat(inds)
 
 # %% ../nbs/08_probes.ipynb #5096b740
@@ -470,6 +472,7 @@ def hits(pred: Tensor, # (M,) predicted labels
     right = pred.cpu() == y.cpu()
     return Score(right.float().mean().item(), right)
 
+# %% ../nbs/08_probes.ipynb #6f556c55
 def writable(folder) -> Path: # made if it does not exist
     "A folder that records can be written to. ValueError before any work if it cannot be one."
     folder = Path(folder)
@@ -489,7 +492,7 @@ def hardware(device) -> str: # in words
     if str(device).startswith('cuda'): return torch.cuda.get_device_name(device)
     info = Path('/proc/cpuinfo')
     names = [l.split(':')[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')] if info.exists() else []
-    return f'{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads'
+    return f'{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread{"s" * (torch.get_num_threads() > 1)}'
 
 # %% ../nbs/08_probes.ipynb #73556a4c
 def evaluate(score, # function (train_x, train_y, test_x, test_y, n_classes) -> `Score`, or a fraction; features (N,D), labels (N,)

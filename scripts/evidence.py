@@ -53,7 +53,7 @@ def pretrain(a, run, method, seed):
     if (run/'encoder.safetensors').exists(): return
     begin = ['--resume'] if (run/'checkpoint.pt').exists() else [
         '--data', a.data, '--subset', a.subset, '--method', method[0], *(['--options', *method[1:]] if method[1:] else []), *a.shape,
-        '--epochs', a.epochs, '--batch-size', a.batch_size, '--lr', a.lr, '--seed', seed, '--knn-every', max(1, a.epochs//4),
+        '--epochs', a.epochs, '--batch-size', a.batch_size, '--lr', a.lr, '--seed', seed, '--knn-every', max(1, a.epochs//4), '--overlap', 'drop',
         '--training', 'schedule=step', f'warmup={.1*a.epochs:g}']
     run.mkdir(parents=True, exist_ok=True)
     with open(run/'log.txt', 'a') as log:
@@ -82,7 +82,7 @@ def probe(a, run, seed):
     encoder, name = load_encoder(run/'encoder.safetensors'), name_and_seed(run)[0]
     data = load_data(a.data, encoder.size, a.subset)
     for protocol, measure in (('kNN', knn), ('linear', linear)):
-        if protocol not in done: measure(encoder, data, name=name, seed=seed).save(run)
+        if protocol not in done: measure(encoder, data, name=name, seed=seed, overlap='drop', out=run)
     if a.camvid and 'linear segmentation' not in done:
         segmentation(encoder, *(camvid(a.camvid, part) for part in ('train', 'test')), 11, ignore=11, size=4*encoder.size, epochs=20, name=name,
                      data='CamVid, 98 frames', seed=seed, note='linear on frozen patches, frames resized to a square').save(run)

@@ -38,7 +38,7 @@ class Net(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(.5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.size, self.dim = size, 6
+        self.size, self.dim = size, 6; counts.pop(id(self), None) # of a network that is gone and had this number
     def fresh(self, seed): return Net(seed, self.size)
     def forward(self, x): counts[id(self)] = counts.get(id(self), 0) + len(x); return self.net(x)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from .data import fit
-from .probes import (_LAYERS, _accepting, _fingerprint, _labelled_splits, _no_leak, _pick, _place, _positive, _remembered, alignment,
+from .probes import (_LAYERS, _accepting, _fingerprint, _labelled_splits, _pick, _place, _positive, _probed, _remembered, alignment,
                               architecture, confusion, effective_rank, frozen, knn_predict, raw_pixels, topk_similar, uniformity, vote)
 from .views import Recipe, generator_for, make_view, moco_demo, strong
 
@@ -227,12 +227,9 @@ def show_embedding(encoders, # an encoder, or a dict name -> encoder
 # %% ../nbs/08c_figures.ipynb #c469a72b
 def _banks(encoders, data, layer, overlap, k):
     "Labelled splits with their labels, the number of classes, and a note. ValueError unless kNN can be asked, as in `knn`."
-    train, test = _labelled_splits(data, layer, k)
-    found = [_no_leak(train, test, e, overlap, data.name) for e in encoders.values()]
-    if found[0][0] is not None: train = train.subset(found[0][0])
-    if k > len(train): raise ValueError(f'k={k}: without the test images, the bank has only {len(train)}')
-    y, v = train.labels.cpu(), test.labels.cpu()
-    return train, test, y, v, int(max(y.max(), v.max())) + 1, '; '.join(dict.fromkeys(note for _, note, _ in found if note))
+    found = [_probed(data, layer, None, e, overlap, k) for e in encoders.values()]
+    train, test, y, v = found[0][:4]                                # the same for all
+    return train, test, y, v, int(max(y.max(), v.max())) + 1, '; '.join(dict.fromkeys(leak for *_, (leak, _) in found if leak))
 
 def _device(encoder, extract_args): return _place(encoder, 1, extract_args.get('device'))[2]
 

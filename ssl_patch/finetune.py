@@ -26,7 +26,7 @@ from torch import nn, Tensor
 from torch.utils.data import DataLoader, Dataset
 from .data import ImageData, Images, affordable, fit
 from .encoders import build_encoder
-from .probes import (Record, _fingerprint, _labelled_splits, _no_leak, _pick, _place, _positive, _usual_chance, about,
+from .probes import (Record, _fingerprint, _labelled_splits, _no_leak, _pick, _place, _positive, _unseen, _usual_chance, about,
                               architecture, frozen, hardware, hits, pack_each, writable)
 from .training import _Bookkeeping, _Loop, _State, Meter, Progress, native_bf16, open_run_folder, usable, versions
 from .views import generator_for, seed_for
@@ -620,7 +620,7 @@ def _finetuned(encoder, data, part, recipe, protocol, settings, note, name, seed
         beside['from scratch'] = hits(theirs.argmax(1), y).value
         found |= {f'{k} from scratch': v for k, v in _top5(theirs, y).items()}
     score = hits(logits.argmax(1), y)
-    notes = '; '.join(filter(None, [data.note, note, _unseen(tuner), tuner.leak]))
+    notes = '; '.join(filter(None, [data.note, note, _unseen(tuner.train.labels.cpu(), y), tuner.leak]))
     said = dict(settings=_said(tuner, settings), note=notes, n_train=len(tuner.train), n_test=len(y), n_classes=tuner.classes, seed=seed,
                 baselines=beside, chosen=found, each=pack_each(score.each), hardware=hardware(tuner.device),
                 seconds=round(time.time() - began, 2), **about(encoder, tuner.train, tuner.test, tuner.train.labels.cpu(), y))
@@ -646,11 +646,6 @@ def _said(tuner, settings):
     last = 'average of the weights' if tuner.ema else 'last weights'
     more = dict(size=tuner.encoder.size, resize=tuner.resize, bf16=tuner.bf16, reported=last, **tuner.kept)
     return _plain(tuner.recipe) | settings | {k: v for k, v in more.items() if v}
-
-def _unseen(tuner):
-    "A note on test images whose class has no training image: they count, as errors almost surely."
-    n = int((~torch.isin(tuner.test.labels.cpu(), tuner.train.labels.cpu())).sum())
-    return f'{n} test images are of classes without a training image' if n else ''
 
 # %% ../nbs/09b_finetune.ipynb #827a1a1e
 def semi_supervised(encoder: nn.Module, # the start; left as it is

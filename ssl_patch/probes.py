@@ -350,12 +350,16 @@ def _lines(r):
 Record.__repr__ = lambda self: '\n  '.join(_lines(self)).replace('**', '')
 Record._repr_markdown_ = lambda self: '  \n'.join(_lines(self))
 
-# %% ../nbs/08_probes.ipynb #f2f890f5
-def _labelled_splits(data, layer, k=None):
-    "The labelled images of both splits; ValueError unless they can be probed."
+# %% ../nbs/08_probes.ipynb #7cd4951d
+def _check_data(data, layer):
+    "ValueError unless these are data with a test split, and a layer."
     if layer not in _LAYERS: raise ValueError(f'layer={layer!r}: expected one of {_LAYERS}')
     if not isinstance(data, ImageData): raise ValueError(f"data: expected what images(...) returns, got {type(data).__name__}: images('photos'), say")
     if data.test is None: raise ValueError(f'data={data.name!r}: no test split; a probe needs images that were not in the bank')
+
+def _labelled_splits(data, layer, k=None):
+    "The labelled images of both splits; ValueError unless they can be probed."
+    _check_data(data, layer)
     found = []
     for split in ('train', 'test'):
         s = getattr(data, split)
@@ -370,15 +374,20 @@ def _labelled_splits(data, layer, k=None):
 # %% ../nbs/08_probes.ipynb #d9f7b186
 def _targeted_splits(data, layer, targets):
     "Both splits whole; ValueError unless `targets` is a pair of tables that fit them."
-    if layer not in _LAYERS: raise ValueError(f'layer={layer!r}: expected one of {_LAYERS}')
-    if data.test is None: raise ValueError(f'data={data.name!r}: no test split; a probe needs images that were not in the bank')
-    if not isinstance(targets, (tuple, list)) or len(targets) != 2: raise ValueError('targets: expected a pair of tensors, (train (N,C), test (M,C))')
+    _check_data(data, layer)
+    if not isinstance(targets, (tuple, list)) or len(targets) != 2 or not all(isinstance(t, Tensor) for t in targets):
+        got = ' and '.join(type(t).__name__ for t in targets) if isinstance(targets, (tuple, list)) else type(targets).__name__
+        raise ValueError(f'targets: expected a pair of tensors, (train (N,C), test (M,C)), got {got}')
     for what, store, y in zip(('train', 'test'), (data.train, data.test), targets):
         shape = tuple(getattr(y, 'shape', ()))
         if len(shape) != 2 or shape[0] != len(store) or shape[1] != targets[0].shape[-1]:
             raise ValueError(f'targets: {what} is {shape or type(y).__name__}; expected a row for each of its {len(store)} images, a column per class')
         if odd := set(y.unique().tolist()) - {-1, 0, 1}: raise ValueError(f'targets: {what} has {sorted(odd)}; accepted: 1 (there), 0 (not), -1 (does not count)')
     return [data.train, data.test]
+
+def _splits(data, layer, targets=None, k=None):
+    "Both splits: their labelled images, or whole where there are targets."
+    return _labelled_splits(data, layer, k) if targets is None else _targeted_splits(data, layer, targets)
 
 # %% ../nbs/08_probes.ipynb #88f3486b
 def _check_overlap(overlap):
@@ -539,15 +548,20 @@ def evaluate(score, # function (train_x, train_y, test_x, test_y, n_classes) -> 
 # %% ../nbs/08_probes.ipynb #35f81be6
 def _probed(data, layer, targets, encoder, overlap, least):
     "(train, test, train labels, test labels, settings, notes) that may be measured with; ValueError otherwise."
-    train, test = _labelled_splits(data, layer, least) if targets is None else _targeted_splits(data, layer, targets)
+    train, test = _splits(data, layer, targets, least)
     use, leak, said = _no_leak(train, test, encoder, overlap, data.name)
     y, v = (train.labels.cpu(), test.labels.cpu()) if targets is None else targets
     if use is not None:
         train, y = train.subset(use), y[use]
         if len(y) < least: raise ValueError(f"k={least}: overlap='drop' leaves {len(y)} labelled images in the bank (train split of {data.name!r})")
         if targets is None and len(y.unique()) < 2: raise ValueError(f"data={data.name!r}: overlap='drop' leaves fewer than two classes in train; nothing to tell apart")
-    unseen = int((~torch.isin(v, y)).sum()) if targets is None else 0
-    return train, test, y, v, said, [leak, f'{unseen} test images are of classes without a training image: errors' if unseen else '']
+    unseen = _unseen(y, v) if targets is None else ''
+    return train, test, y, v, said, [leak, f'{unseen}: errors' if unseen else '']
+
+def _unseen(y, v):
+    "A note on test labels `v` that train labels `y` lack, or ''."
+    n = int((~torch.isin(v, y)).sum())
+    return f'{n} test images are of classes without a training image' if n else ''
 
 def _check_how(protocol, how, encoder):
     "ValueError for an argument that neither the protocol nor `extract` has, or of a wrong kind."
@@ -584,7 +598,7 @@ def accuracy(pred: Tensor, # (N,) predicted labels
              y: Tensor, # (N,) true labels
             ) -> float: # share that agrees
     "Top-1 accuracy."
-    return (pred.cpu() == y.cpu()).float().mean().item()
+    return hits(pred, y).value
 
 # %% ../nbs/08_probes.ipynb #b3676192
 def knn(encoder: nn.Module, # to be measured; frozen meanwhile, left as it was

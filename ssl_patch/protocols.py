@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from .data import ByteFiles, FileImages, ImageData, fit
 from .probes import (Record, Score, evaluate, frozen, hits, raw_pixels, topk_similar, _fingerprint, _labelled_splits, _no_leak,
-                              _one_thread, _pick, _place, _positive, _targeted_splits)
+                              _one_thread, _pick, _place, _positive, _splits)
 from .views import Recipe, draw_boxes, generator_for, resized_crop
 
 # %% ../nbs/08b_protocols.ipynb #82b2cab6
@@ -324,16 +324,7 @@ def _scored(answer, v, metric, classes):
     if metric == 'mean per class': return Score(per_class(answer, v, classes).nanmean().item())
     return Score(mean_average_precision(answer, v, metric.removesuffix(' mAP')))
 
-# %% ../nbs/08b_protocols.ipynb #68f6cfe3
-def _splits(data, layer, targets=None):
-    "Both splits, labelled, or whole where there are targets; ValueError naming what does not fit."
-    if targets is None: return _labelled_splits(data, layer)
-    if not isinstance(data, ImageData): raise ValueError(f'data: expected what images(...) returns, got {type(data).__name__}')
-    if not isinstance(targets, (tuple, list)) or not all(isinstance(t, Tensor) for t in targets):
-        what = ' and '.join(type(t).__name__ for t in targets) if isinstance(targets, (tuple, list)) else type(targets).__name__
-        raise ValueError(f'targets: expected a pair of tensors, (train (N,C), test (M,C)), got {what}')
-    return _targeted_splits(data, layer, targets)
-
+# %% ../nbs/08b_protocols.ipynb #0a0aa488
 def _left(splits, encoder, overlap, name):
     "Numbers of the train images that remain after `overlap='drop'`; ValueError where test images were learned from."
     use = _no_leak(*splits, encoder, overlap, name)[0]

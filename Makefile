@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 BIN   := PATH="$(abspath $(VENV))/bin:$$PATH"
 export MPLBACKEND ?= agg
 
-.PHONY: demo test lab docs prepare results clean help
+.PHONY: demo test bench lab docs prepare results clean help
 help:            ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*##/ -/'
 
@@ -18,6 +18,10 @@ demo: $(STAMP)   ## pretrain on real photographs (about 4 minutes on 2 cores), t
 
 test: $(STAMP)   ## every check: exported modules, clean notebooks, lint, notebooks, pytest
 	@$(BIN) bash scripts/test.sh
+
+bench: $(STAMP)  ## time everything beside torchvision, kornia and lightly (under 20 minutes on 2 cores); records in runs/speed
+	@$(PY) -m uv pip install -q --python $(PY) -e '.[bench]' 2>/dev/null || $(PY) -m pip install -q --disable-pip-version-check -e '.[bench]'
+	@$(PY) scripts/bench.py all
 
 lab: $(STAMP)    ## open the notebooks in JupyterLab
 	@MPLBACKEND= $(VENV)/bin/jupyter lab nbs

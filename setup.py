@@ -19,7 +19,7 @@ setup(
     package_data={cfg['lib_path']: ['py.typed']},
     python_requires='>=' + cfg['min_python'],
     install_requires=shlex.split(cfg['requirements']),
-    extras_require={k: shlex.split(cfg[f'{k}_requirements']) for k in ('demo', 'eval', 'video', 'docs', 'dev')},
+    extras_require={k: shlex.split(cfg[f'{k}_requirements']) for k in ('demo', 'eval', 'video', 'bench', 'docs', 'dev')},
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     zip_safe=False,
     entry_points={'console_scripts': shlex.split(cfg['console_scripts']),

@@ -24,6 +24,7 @@ from .protocols import *
 from .figures import *
 from .training import *
 from .finetune import *
+from .speed import *
 from .results import compare, ledger, load_runs
 
 # %% ../nbs/17_all.ipynb #022d230c

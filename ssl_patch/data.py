@@ -10,6 +10,7 @@ __all__ = ['photo_names', 'fit', 'decode', 'photo', 'show_images', 'Images', 'Te
 # %% ../nbs/01_data.ipynb #04c6fc43
 import copy
 import difflib
+import functools
 import hashlib
 import importlib.util
 import io
@@ -23,7 +24,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
 import torch
-from torchvision.transforms.v2 import functional as F
 
 # %% ../nbs/01_data.ipynb #5e4b85f8
 _PHOTOS = ('astronaut brick camera cell chelsea clock_motion coffee coins grass gravel '
@@ -41,18 +41,33 @@ def fit(x: torch.Tensor, # (..., 3, H, W), uint8
     "Resize the short side (antialiased) and cut the centre; an image of that size is returned as it is. ValueError if resize < size."
     if resize is not None and resize < size: raise ValueError(f'resize={resize}: takes at least the size of the cut, {size}, or None')
     if resize is None and x.shape[-2:] == (size, size): return x
+    from torchvision.transforms.v2 import functional as F # a second to import, so only where it is used
     return F.center_crop(F.resize(x, [resize or size], antialias=True), [size, size])
 
-# %% ../nbs/01_data.ipynb #04d07938
-def decode(data: bytes,         # an encoded image: JPEG, PNG, WebP, ...
-           size: int|None=None  # pixels; None keeps the image's own size
-          ) -> torch.Tensor:    # (3, H, W), uint8
-    "Decode an image, upright, as three channels. Raises what PIL raises on broken data."
+# %% ../nbs/01_data.ipynb #216f65da
+def _decode_pil(data):
+    "An image of any format, by PIL."
     from PIL import Image, ImageOps
     with Image.open(io.BytesIO(data)) as im:
         im = ImageOps.exif_transpose(im)
         if im.mode.startswith('I'): im = Image.fromarray((np.asarray(im) >> 8).clip(0, 255).astype(np.uint8))
-        x = torch.from_numpy(np.array(im.convert('RGB'))).permute(2, 0, 1).contiguous()
+        return torch.from_numpy(np.array(im.convert('RGB'))).permute(2, 0, 1)
+
+@functools.cache
+def _jpeg_op():
+    "torchvision's JPEG decoder, or None without one; the bare operator, because the function around it warns at every call."
+    try: return importlib.import_module('torchvision.io') and torch.ops.image.decode_jpeg
+    except (ImportError, AttributeError): return None
+
+def decode(data: bytes,         # an encoded image: JPEG, PNG, WebP, ...
+           size: int|None=None  # pixels; None keeps the image's own size
+          ) -> torch.Tensor:    # (3, H, W), uint8; in memory the channels of a pixel lie side by side
+    "Decode an image, upright, as three channels. Raises what PIL raises on broken data."
+    x = None
+    if data[:2] == b'\xff\xd8' and b'tiff:Orientation' not in data and _jpeg_op(): # PIL alone knows orientations noted as XMP
+        try: x = _jpeg_op()(torch.frombuffer(bytearray(data), dtype=torch.uint8), 3, True) # 3: RGB; True: upright
+        except RuntimeError: pass
+    if x is None: x = _decode_pil(data)
     return x if size is None else fit(x, size)
 
 # %% ../nbs/01_data.ipynb #89d3c110
@@ -256,6 +271,7 @@ def photo_regions(height: int, width: int,  # of the resized photograph, pixels
 # %% ../nbs/01_data.ipynb #1f74ffd3
 def _resized_photo(name, size):
     "A photograph whose short side is 6 crops long."
+    from torchvision.transforms.v2 import functional as F
     return F.resize(photo(name), [6*size], antialias=True)
 
 def _random_crops(image, box, n, size, generator):
@@ -348,6 +364,7 @@ class FileImages(Images):
                  size: int|None=None):   # images are resized and cut to it; None keeps their own sizes
         super().__init__(labels, classes, name, skipped, encoded)
         self.size = size
+        _jpeg_op() # imported here once, not by every worker
         self._broken = torch.zeros(len(encoded), dtype=torch.bool).share_memory_()
     def __len__(self): return len(self.encoded)
     def _shape(self): return f'{self.size}x{self.size} pixels, streamed' if self.size else 'streamed'
@@ -393,17 +410,7 @@ def _reason(e):
     if type(e).__name__ == 'UnidentifiedImageError': return 'not an image'
     return (str(e).split('\n')[0] or type(e).__name__)[:100]
 
-# %% ../nbs/01_data.ipynb #ed6c68bb
-def _decode_fast(data, size):
-    "`decode`, by torchvision where it is a JPEG that it likes."
-    if data[:2] == b'\xff\xd8':
-        try:
-            from torchvision.io import ImageReadMode, decode_jpeg
-            x = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB, apply_exif_orientation=True)
-            return x if size is None else fit(x, size)
-        except (ImportError, RuntimeError, TypeError): pass
-    return decode(data, size)
-
+# %% ../nbs/01_data.ipynb #9cca6ff9
 def _in_threads(f, n, chunk=256):
     "[f(0), ..., f(n-1)] by a pool of threads; an exception stands where f raised one."
     def some(start):
@@ -412,8 +419,7 @@ def _in_threads(f, n, chunk=256):
             try: out.append(f(i))
             except Exception as e: out.append(e)
         return out
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        warnings.filterwarnings('ignore', message='The image decoding')  # torchvision 0.29 announces its end; PIL then does it all
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         return [x for out in pool.map(some, range(0, n, chunk)) for x in out]
 
 # %% ../nbs/01_data.ipynb #faba2fcc
@@ -436,7 +442,7 @@ def _in_memory(encoded, size, limit):
     out, other = torch.empty(n, 3, h, w, dtype=torch.uint8), []
     def load(i):
         if other: return                           # one of another size was met: no need to go on
-        x = _decode_fast(encoded.read(i), size)
+        x = decode(encoded.read(i), size)
         if x.shape == out.shape[1:]: out[i] = x
         else: other.append(i)
     done = _in_threads(load, n)
@@ -575,7 +581,7 @@ def _pack_list(folder, test_fraction, seed, labelled):
         elif names is not None: labels = _align(labels, names, classes, 'the test folder').tolist()
         rows += [(os.path.relpath(sub/p, folder), -1 if labels is None else labels[i], part) for i, p in enumerate(paths)]
     files = ByteFiles(folder, [r[0] for r in rows])
-    tried = _in_threads(lambda i: bool(_decode_fast(files.read(i), 8).numel()), len(files))
+    tried = _in_threads(lambda i: bool(decode(files.read(i), 8).numel()), len(files))
     bad = {i: _reason(x) for i, x in enumerate(tried) if isinstance(x, Exception)}
     listed = ', '.join(f'{files.name(i)} ({r})' for i, r in list(bad.items())[:5])
     if bad: warnings.warn(f'{len(bad)} of {len(files)} images are not packed: {listed}')

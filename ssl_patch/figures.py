@@ -43,8 +43,8 @@ def _chosen(total, n, seed):
 def _sampled(data, part, rows, encoder, **how):
     "Features (n,D) of these images; of the whole split, remembered, unless that is 10 times more than asked for."
     store = getattr(data, part)
-    if len(store) > 10 * len(rows): return _remembered(data, encoder, store.subset(rows), **how)
-    return _remembered(data, encoder, store, **how)[rows]
+    if len(store) > 10 * len(rows): return _remembered(data, encoder, [store.subset(rows)], **how)[0]
+    return _remembered(data, encoder, [store], **how)[0][rows]
 
 def _how(encoder, layer, extract_args):
     "The arguments of `extract`, as the probes give them, so that features are shared with them."
@@ -299,7 +299,7 @@ def _confusions(encoders, data, k, T, layer, overlap, extract_args):
     train, test, y, v, C, leak = _banks(encoders, data, layer, overlap, k)
     found = {}
     for name, e in encoders.items():
-        x, u = (_remembered(data, e, s, **_how(e, layer, extract_args)) for s in (train, test))
+        x, u = _remembered(data, e, [train, test], **_how(e, layer, extract_args))
         found[name] = knn_confusion(x, y, u, v, k, T, C, _device(e, extract_args))
     in_train, tested = y.bincount(minlength=C) > 0, v.bincount(minlength=C)
     lacking = int((~in_train & (tested > 0)).sum())
@@ -367,7 +367,7 @@ def _curves(encoders, data, ks, T, layer, overlap, seed, baselines, extract_args
     grey, found = _references(encoders, data, seed, extract_args.get('size')) if baselines else {}, {}
     for name, e in {**encoders, **grey}.items():
         how = _how(e, _reference_layer(e, layer) if name in grey else layer, extract_args)
-        x, u = (_remembered(data, e, s, **how) for s in (train, test))
+        x, u = _remembered(data, e, [train, test], **how)
         found[name] = knn_curve(x, y, u, v, ks, Ts, C, _device(e, extract_args)), name in grey
     return found, ks, Ts, v.bincount().max().item() / len(v), leak
 

@@ -26,7 +26,7 @@ from torch import nn, Tensor
 from torch.utils.data import DataLoader, Dataset
 from .data import ImageData, Images, affordable, fit
 from .encoders import build_encoder
-from .probes import (Record, _fingerprint, _labelled_splits, _no_leak, _pick, _place, _positive, _unseen, _usual_chance, about,
+from .probes import (Record, _fingerprint, _labelled_splits, _no_leak, _pick, _pieces, _place, _positive, _unseen, _usual_chance, about,
                               architecture, frozen, hardware, hits, pack_each, writable)
 from .training import _Bookkeeping, _Loop, _State, Meter, Progress, native_bf16, open_run_folder, usable, versions
 from .views import generator_for, seed_for
@@ -412,7 +412,7 @@ class _Epoch:
         model, out = model or self.reported, []
         with frozen(model), torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16):
             for x, _ in self.test.batches(self.encoder.size, 256, device=self.device, workers=self.workers, resize=self.resize):
-                out.append(model(x.float() / 255).float().cpu())
+                out += [model(p.float() / 255).float().cpu() for p in _pieces(x, self.device)]
         return torch.cat(out)
 
     def end_epoch(self, epoch):

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['similarity', 'row_similarity', 'info_nce', 'relation_kl', 'co2', 'ressl', 'sce_target', 'sce', 'loss_and_settings',
-           'target_of', 'target_entropy', 'show_targets', 'dense_nce', 'repco_positive', 'repco_negative', 'repco',
-           'local_to_global', 'token_to_image', 'token_similarity']
+           'target_of', 'target_entropy', 'show_targets', 'dense_nce', 'draw_rows', 'repco_positive', 'repco_negative',
+           'repco', 'local_to_global', 'token_to_image', 'token_similarity']
 
 # %% ../nbs/04_losses.ipynb #00d79314
 import math
 from functools import partial
 from inspect import signature
+from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.graph import saved_tensors_hooks
 
 # %% ../nbs/04_losses.ipynb #b50bc702
 def _full(x): return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -46,7 +47,59 @@ def _check_pair(q, k, queue, tau):
             raise ValueError(f'queue must be (K,{q.shape[1]}), rows are older keys, got {tuple(queue.shape)}')
         if len(q) != len(k): raise ValueError(f'with a queue, q and k must have one row per image, got {len(q)} and {len(k)}')
 
-# %% ../nbs/04_losses.ipynb #b68d3987
+# %% ../nbs/04_losses.ipynb #00f38984
+def _candidates(k, n, queue=None, in_batch=False, offset=0):
+    "Positives (n,d) of n queries, candidates (C,d), and the column (n,1) of the positive where it is one of the candidates."
+    k = k.detach()
+    if queue is not None and not in_batch: return k, queue.detach(), None
+    return k[offset:offset+n], k if queue is None else torch.cat([k, queue.detach()]), torch.arange(offset, offset+n, device=k.device)[:, None]
+
+def _others(a, z, column, tau):
+    "Scores (B,C) of rows `a` with candidates `z`, divided by `tau`. That of the positive, where it is among them, is as good as minus infinity."
+    s = similarity(_full(a)/tau, z)
+    with torch.no_grad(): return s if column is None else s.scatter_(1, column, -1e9) # no softmax there, so no gradient either
+
+# %% ../nbs/04_losses.ipynb #89084453
+def _nce(s, rest): return -F.logsigmoid(s - rest) # softplus(rest - s), exact at both ends
+
+# %% ../nbs/04_losses.ipynb #d943db7b
+def _rows_at_once(columns, device):
+    "Rows of scores in one table: 4 MiB of it on a CPU, 256 MiB elsewhere, and at least 32 rows."
+    return max(32, 2**(20 if device.type == 'cpu' else 26)//columns)
+
+class _Parts(torch.autograd.Function):
+    "Sum of a loss over parts of its rows. The gradient is made on the way, and is all that is kept."
+    @staticmethod
+    def forward(ctx, loss, n, x, y):
+        total, made = 0., []
+        if y is not None: y = y.detach().requires_grad_(ctx.needs_input_grad[3])
+        for start in range(0, len(x), n):
+            part = x[start:start+n].detach().requires_grad_(ctx.needs_input_grad[2])
+            with torch.enable_grad(), saved_tensors_hooks(lambda t: t, lambda t: t): # others' hooks are for what is kept
+                value = loss(slice(start, start+n), part, y)
+                value.backward()
+            total = total + value.detach(); made.append(part.grad)
+        ctx.save_for_backward(torch.cat(made) if ctx.needs_input_grad[2] else None, None if y is None else y.grad)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g): return None, None, *(None if made is None else g*made for made in ctx.saved_tensors)
+
+def _in_parts(loss, n, x, y=None):
+    "Sum over parts of `n` rows of `loss(rows, x[rows], y)`, a scalar; both `x` and `y` may learn."
+    if len(x) <= n: return loss(slice(None), x, y)
+    if torch.is_grad_enabled() and (x.requires_grad or y is not None and y.requires_grad): return _Parts.apply(loss, n, x, y)
+    return sum(loss(slice(i, i+n), x[i:i+n], y) for i in range(0, len(x), n))
+
+# %% ../nbs/04_losses.ipynb #d19e6af0
+def _mean_over_rows(loss, q, k, queue=None, in_batch=False, offset=0):
+    "Mean over rows of `loss(q, own, others)`: queries, their positives, and a function (rows, tau) -> scores with the other candidates."
+    own, z, column = _candidates(k, len(q), queue, in_batch, offset)
+    def part(rows, q, _):
+        return loss(q, own[rows], lambda a, tau: _others(a, z, None if column is None else column[rows], tau)).sum()
+    return _in_parts(part, _rows_at_once(len(z), q.device), q)/len(q)
+
 def info_nce(q:Tensor, # (B,d) online embeddings, unit rows (not checked: normalise them yourself)
              k:Tensor, # (B,d) target embeddings, unit rows; without a queue (B_all,d), the keys of all processes
              queue:Tensor|None=None, # (K,d) older keys as negatives; None: the other rows of `k` are the negatives
@@ -56,12 +109,9 @@ def info_nce(q:Tensor, # (B,d) online embeddings, unit rows (not checked: normal
     """InfoNCE with a one-hot target (van den Oord et al. 2018; with a queue, MoCo, He et al. 2020, eq. 1).
     Gradient reaches `q` alone. Value at chance: ln B_all, or ln(1+K). Raises `ValueError` on wrong shapes or temperature."""
     _check_pair(q, k, queue, tau)
-    k, label = k.detach(), torch.arange(len(q), device=q.device)
-    if queue is None:
-        if not 0 <= offset <= len(k)-len(q): raise ValueError(f'offset {offset}: {len(q)} positives do not fit in {len(k)} keys')
-        return F.cross_entropy(similarity(q, k)/tau, label + offset)
-    logits = torch.cat([row_similarity(q, k)[:, None], similarity(q, queue.detach())], 1)
-    return F.cross_entropy(logits/tau, torch.zeros_like(label))
+    if queue is None and not 0 <= offset <= len(k)-len(q): raise ValueError(f'offset {offset}: {len(q)} positives do not fit in {len(k)} keys')
+    def loss(q, own, others): return _nce(row_similarity(q, own)/tau, others(q, tau).logsumexp(1))
+    return _mean_over_rows(loss, q, k, queue, offset=offset)
 
 # %% ../nbs/04_losses.ipynb #f91e814b
 def _check_soft(q, k, queue, in_batch=False, offset=0, **temperatures):
@@ -74,29 +124,10 @@ def _check_soft(q, k, queue, in_batch=False, offset=0, **temperatures):
     if (queue is None or in_batch) and not 0 <= offset <= len(k)-len(q):
         raise ValueError(f'offset {offset}: {len(q)} positives do not fit in {len(k)} keys')
 
-# %% ../nbs/04_losses.ipynb #0a28a55c
-def _scores(a, k, queue, in_batch=False):
-    "Similarities of rows `a` to the candidates that `k` and `queue` make; with a queue alone, column 0 is the same row of `k`."
-    if queue is None: return similarity(a, k)
-    return torch.cat([similarity(a, k) if in_batch else row_similarity(a, k)[:, None], similarity(a, queue)], 1)
-
-def _two_scores(q, k, queue, in_batch=False, offset=0):
-    "Scores (B,C) of the queries, scores (B,C) of their keys, column (B,1) of the positive. Computed once, for all terms of a loss."
-    k, queue, row = k.detach(), None if queue is None else queue.detach(), torch.arange(len(q), device=q.device)[:, None]
-    keyed = queue is None or in_batch
-    own = k[offset:offset+len(q)] if keyed else k
-    return _scores(q, k, queue, in_batch), _scores(own, k, queue, in_batch), row + offset if keyed else 0*row
-
-# %% ../nbs/04_losses.ipynb #4d8a703c
-def _log_relation(s, column, tau):
-    "Log-softmax of the scores (B,C) over all candidates but the positive; 0 in the column of the positive."
-    return F.log_softmax(s.scatter(1, column, float('-inf'))/tau, 1).scatter(1, column, 0.)
-
-# %% ../nbs/04_losses.ipynb #a9373983
-def _jeffreys(s_q, s_k, column, tau):
-    "Half KL(P|Q) plus half KL(Q|P), mean over rows, of the relations of keys (P) and queries (Q)."
-    log_p, log_q = _log_relation(s_k, column, tau), _log_relation(s_q, column, tau)
-    return ((log_p.exp() - log_q.exp())*(log_p - log_q)).sum(1).mean()/2
+# %% ../nbs/04_losses.ipynb #ccb7beda
+def _jeffreys(log_p, log_q):
+    "Half KL(P|Q) plus half KL(Q|P) of every row."
+    return ((log_p.exp() - log_q.exp())*(log_p - log_q)).sum(1)/2
 
 def relation_kl(q:Tensor, # (B,d) online embeddings, unit rows (not checked)
                 k:Tensor, # (B,d) target embeddings, unit rows; without a queue (B_all,d), the keys of all processes
@@ -107,7 +138,8 @@ def relation_kl(q:Tensor, # (B,d) online embeddings, unit rows (not checked)
     """Symmetric KL of the similarities of query and key to the negatives (CO2, Wei et al. 2021, the consistency term).
     Gradient reaches `q` alone. Value at chance: 0. Raises `ValueError` on wrong shapes or temperature."""
     _check_soft(q, k, queue, offset=offset, tau=tau)
-    return _jeffreys(*_two_scores(q, k, queue, offset=offset), tau)
+    def loss(q, own, others): return _jeffreys(others(own, tau).log_softmax(1), others(q, tau).log_softmax(1))
+    return _mean_over_rows(loss, q, k, queue, offset=offset)
 
 # %% ../nbs/04_losses.ipynb #4780e312
 def co2(q:Tensor, # (B,d) online embeddings, unit rows (not checked)
@@ -122,15 +154,13 @@ def co2(q:Tensor, # (B,d) online embeddings, unit rows (not checked)
     Value at chance: that of `info_nce`. Raises `ValueError` on wrong shapes, a temperature that is not positive, or alpha < 0."""
     _check_soft(q, k, queue, offset=offset, tau=tau, tau_con=tau_con)
     if not 0 <= alpha < float('inf'): raise ValueError(f'alpha must be 0 or more, got {alpha}')
-    s_q, s_k, column = _two_scores(q, k, queue, offset=offset)
-    return F.cross_entropy(s_q/tau, column[:, 0]) + alpha*_jeffreys(s_q, s_k, column, tau_con)
+    def loss(q, own, others):
+        s = others(q, tau)
+        consistency = _jeffreys(others(own, tau_con).log_softmax(1), (s*(tau/tau_con)).log_softmax(1))
+        return _nce(row_similarity(q, own)/tau, s.logsumexp(1)) + alpha*consistency
+    return _mean_over_rows(loss, q, k, queue, offset=offset)
 
-# %% ../nbs/04_losses.ipynb #ecd9ee98
-def _cross_relation(s_q, s_k, column, tau_s, tau_t):
-    "Cross-entropy of the queries' relations against the sharper ones of the keys, mean over rows."
-    p = F.softmax(s_k.scatter(1, column, float('-inf'))/tau_t, 1)
-    return -(p*_log_relation(s_q, column, tau_s)).sum(1).mean()
-
+# %% ../nbs/04_losses.ipynb #300ef336
 def ressl(q:Tensor, # (B,d) online embeddings of the strong view, unit rows (not checked)
           k:Tensor, # (B,d) target embeddings of the weak view, unit rows; without a queue (B_all,d), the keys of all processes
           queue:Tensor|None=None, # (K,d) older keys, the candidates; None: the other rows of `k` are the candidates
@@ -141,7 +171,8 @@ def ressl(q:Tensor, # (B,d) online embeddings of the strong view, unit rows (not
     """Cross-entropy between the similarities of key and query to the candidates (ReSSL, Zheng et al. 2021). The positive is no
     candidate. Gradient reaches `q` alone. Value at chance: ln K, or ln(B_all-1). Raises `ValueError` on wrong shapes or temperatures."""
     _check_soft(q, k, queue, offset=offset, tau_s=tau_s, tau_t=tau_t)
-    return _cross_relation(*_two_scores(q, k, queue, offset=offset), tau_s, tau_t)
+    def loss(q, own, others): return F.cross_entropy(others(q, tau_s), others(own, tau_t).softmax(1), reduction='none')
+    return _mean_over_rows(loss, q, k, queue, offset=offset)
 
 # %% ../nbs/04_losses.ipynb #2200a15a
 def _check_target(queue, lam, in_batch, positive):
@@ -150,10 +181,9 @@ def _check_target(queue, lam, in_batch, positive):
     if positive == 'zero_logit' and (queue is None or in_batch):
         raise ValueError("positive='zero_logit' is for a queue alone; with keys of the batch the released code masks too: use 'masked'")
 
-def _target(s_k, column, lam, tau_m, positive):
-    "Rows (B,C) of the soft target, from the scores of the keys."
-    s = F.softmax(s_k.scatter(1, column, 0. if positive == 'zero_logit' else float('-inf'))/tau_m, 1)
-    return ((1-lam)*s).scatter_add(1, column, torch.full_like(s[:, :1], lam))
+def _share(s, lam, positive):
+    "Share of the positive in the target, lambda; in the released code with what its score of 0 gets besides the scores `s` of the others."
+    return lam if positive == 'masked' else lam + (1-lam)*torch.sigmoid(-s.logsumexp(1))
 
 # %% ../nbs/04_losses.ipynb #2fc9f7f6
 def sce_target(k:Tensor, # (B,d) target embeddings, unit rows (not checked)
@@ -165,8 +195,11 @@ def sce_target(k:Tensor, # (B,d) target embeddings, unit rows (not checked)
               ) -> Tensor: # (B,C) rows that sum to 1; positive in column 0 (queue alone), else in column i
     "The soft target w of SCE (Denize et al. 2023). No gradient. Raises `ValueError` on arguments that do not fit."
     _check_soft(k, k, queue, in_batch, tau_m=tau_m); _check_target(queue, lam, in_batch, positive)
-    _, s_k, column = _two_scores(k.detach(), k, queue, in_batch)
-    return _target(s_k, column, lam, tau_m, positive)
+    own, z, column = _candidates(k, len(k), queue, in_batch)
+    s = _others(own, z, column, tau_m)
+    share = torch.as_tensor(_share(s, lam, positive), dtype=s.dtype, device=s.device).expand(len(k))[:, None]
+    w = (1-share)*s.softmax(1)
+    return torch.cat([share, w], 1) if column is None else w.scatter(1, column, share)
 
 # %% ../nbs/04_losses.ipynb #6509cb9f
 def sce(q:Tensor, # (B,d) online embeddings, unit rows (not checked)
@@ -182,8 +215,12 @@ def sce(q:Tensor, # (B,d) online embeddings, unit rows (not checked)
     """Cross-entropy with the soft target `sce_target` (SCE, Denize et al. 2023). Gradient reaches `q` alone.
     Value at chance: ln C for C candidates, whatever `lam`. Raises `ValueError` on wrong shapes, temperatures, `lam` or `positive`."""
     _check_soft(q, k, queue, in_batch, offset, tau=tau, tau_m=tau_m); _check_target(queue, lam, in_batch, positive)
-    s_q, s_k, column = _two_scores(q, k, queue, in_batch, offset)
-    return F.cross_entropy(s_q/tau, _target(s_k, column, lam, tau_m, positive))
+    def loss(q, own, others):
+        s, s_k, pos = others(q, tau), others(own, tau_m), row_similarity(q, own)/tau
+        share, rest = _share(s_k, lam, positive), s.logsumexp(1)
+        relation = rest - (s_k.softmax(1)*s).sum(1)
+        return share*_nce(pos, rest) + (1-share)*(relation + _nce(rest, pos))
+    return _mean_over_rows(loss, q, k, queue, in_batch, offset)
 
 # %% ../nbs/04_losses.ipynb #fb73eaa6
 info_nce.target = lambda k, queue=None, **_: sce_target(k, queue, lam=1.)
@@ -242,27 +279,24 @@ def _at(u, index):
     "Rows of `u` (B,M,d) at `index` (B,...), each image its own: (B,...,d)."
     return u[torch.arange(len(u), device=u.device).view(-1, *[1]*(index.ndim-1)), index]
 
-def _rest_of(r, negatives, tau, start=0):
-    s = similarity(_full(r).flatten(0, 1)/tau, negatives.flatten(0, -2)).view(*r.shape[:2], -1)
+def _rest(r, negatives, tau, rows=slice(None)):
+    "(b,M) log-sum-exp of the scores of `r` (b,M,d), images `rows`, with negatives (K,d); or (B,m,d), and then with those of other images."
+    s = similarity(_full(r).flatten(0, 1)/tau, negatives.flatten(0, -2))
     if negatives.ndim == 3:
-        image = torch.arange(len(negatives), device=r.device)
-        own = (image[start:start+len(r), None] == image).repeat_interleave(negatives.shape[1], 1)
-        s = s.masked_fill(own[:, None], float('-inf'))
-    return s.logsumexp(2)
+        own = torch.arange(len(s.T), device=s.device).view(negatives.shape[:2])[rows].repeat_interleave(r.shape[1], 0)
+        with torch.no_grad(): s.scatter_(1, own, float('-inf')) # no share of the sum, so no gradient either
+    return s.logsumexp(1).view(r.shape[:2])
 
-def _rest(r, negatives, tau, chunk=None):
-    "(B,M) log-sum-exp of the scores of `r` (B,M,d) with negatives (K,d); or (B,m,d), and then with those of other images."
-    if chunk is None: return _rest_of(r, negatives, tau)
-    return torch.cat([checkpoint(_rest_of, r[i:i+chunk], negatives, tau, i, use_reentrant=False, preserve_rng_state=False)
-                      for i in range(0, len(r), chunk)])
-
-def _patch_nce(s, rest): return -F.logsigmoid(s - rest) # softplus(rest - s), exact at both ends
+def _image_parts(loss, x, negatives, chunk, y=None):
+    "`_in_parts` of images `x` (B,M,d): `chunk` of them at a time, or as many as have a table that is not too large."
+    C = negatives.flatten(0, -2).shape[0]
+    return _in_parts(loss, chunk or max(1, _rows_at_once(C, x.device)//x.shape[1]), x, y)
 
 # %% ../nbs/04_losses.ipynb #c0989741
 def _check_settings(tau, chunk=None, tokens=None, M=None):
     whole = lambda n: isinstance(n, int) and not isinstance(n, bool)
     if not isinstance(tau, (int, float)) or not 0 < tau < float('inf'): raise ValueError(f'tau must be a positive temperature, got {tau!r}')
-    if chunk is not None and not (whole(chunk) and chunk >= 1): raise ValueError(f'chunk must be 1 or more images, or None for all, got {chunk!r}')
+    if chunk is not None and not (whole(chunk) and chunk >= 1): raise ValueError(f'chunk must be 1 or more images, or None, got {chunk!r}')
     if tokens is not None and not (whole(tokens) and 1 <= tokens <= M): raise ValueError(f'tokens must be from 1 to the {M} of an image, or None, got {tokens!r}')
 
 def _check_patches(r, u, queue=None, same_grid=False, others=True):
@@ -289,14 +323,16 @@ def dense_nce(r:Tensor, # (B,M,d) online patches, unit rows (not checked)
               match:Tensor, # (B,M) long, c(i): which patch of `u` is the positive of patch i
               queue:Tensor|None=None, # (K,d) image means of older target patches; None: image means of the other images in `u`
               tau:float=0.2, # temperature
-              chunk:int|None=None, # images at a time, to bound memory: 4 x chunk x M x K bytes a table; None: all
+              chunk:int|None=None, # images at a time, a table of 4 x chunk x M x K bytes; None: as suits the processor
              ) -> Tensor: # scalar, mean over all B*M patches
     """InfoNCE of matched patches (DenseCL, Wang et al. 2021, the local loss; without a queue ours). Gradient reaches `r` alone.
     Value at chance: ln(1+K), or ln B. Raises `ValueError` on wrong shapes, temperature or `chunk`."""
     _check_patches(r, u, queue); _check_settings(tau, chunk); _check_index('match', match, r.shape[:2])
     u = u.detach()
     others = F.normalize(_full(u).mean(1, keepdim=True), dim=2) if queue is None else queue.detach()
-    return _patch_nce(row_similarity(r, _at(u, match))/tau, _rest(r, others, tau, chunk)).mean()
+    positives = _at(u, match)
+    def loss(rows, r, _): return _nce(row_similarity(r, positives[rows])/tau, _rest(r, others, tau, rows)).sum()
+    return _image_parts(loss, r, others, chunk)/match.numel()
 
 # %% ../nbs/04_losses.ipynb #7d72505b
 def _check_pairs(pairs, shape, *names):
@@ -308,12 +344,21 @@ def _check_pairs(pairs, shape, *names):
         if index.shape != ok.shape:
             raise ValueError(f'pairs.{n} and pairs.{n}_ok must have one shape, got {tuple(index.shape)} and {tuple(ok.shape)}')
 
+def _pairs_of(pairs, rows, names):
+    "The pairs `names` of some images."
+    return SimpleNamespace(**{n: getattr(pairs, n)[rows] for name in names for n in (name, f'{name}_ok')})
+
+def _has(ok): return ok if ok.ndim == 2 else ok.any(2) # (B,M): which patches have a pair
+
 def _mean_where(x, ok): return x.where(ok, 0.).sum()/ok.sum().clamp(min=1)
 
-def _draw_tokens(x, tokens, generator=None):
-    "`tokens` rows of every image of `x` (B,M,d), uniformly and without replacement; None: all."
-    if tokens is None: return x
-    return _at(x, torch.rand(x.shape[:2], device=x.device, generator=generator).topk(tokens, 1).indices)
+def draw_rows(x:Tensor, # (B,M,d) vectors of patches
+              n:int|None, # of each image; None, or M and more: all
+              generator:torch.Generator|None=None, # of the draw
+             ) -> Tensor: # (B,n,d)
+    "`n` patches of every image, uniformly and without replacement."
+    if n is None or n >= x.shape[1]: return x
+    return _at(x, torch.rand(x.shape[:2], device=x.device, generator=generator).topk(n, 1).indices)
 
 # %% ../nbs/04_losses.ipynb #e26f75fa
 def _positive_scores(r, u, pairs, tau):
@@ -331,17 +376,21 @@ def _local(r, u, pairs, same_ok=None):
 def _repco_nce(r, u, pairs, queue, tau, tokens, chunk, generator, beta=0., same_ok=None):
     "L+; with `beta` the local negatives are in its denominator, weighted by beta K/k for K others."
     _check_patches(r, u, queue); _check_settings(tau, chunk, tokens, u.shape[1])
-    _check_pairs(pairs, r.shape[:2], *(('pos', 'neg') if beta else ('pos',)))
+    names = ('pos', 'neg') if beta else ('pos',)
+    _check_pairs(pairs, r.shape[:2], *names)
     if tokens is not None and queue is not None: raise ValueError('tokens is for negatives from the batch; with a queue leave it None')
     u = u.detach()
-    others = _draw_tokens(u, tokens, generator) if queue is None else queue.detach()
-    (s, some), rest = _positive_scores(r, u, pairs, tau), _rest(r, others, tau, chunk)
-    if beta and pairs.neg.shape[2]:
-        local, ok = _local(r, u, pairs, same_ok)
-        K = len(others) if queue is not None else (len(u)-1)*others.shape[1]
-        local = (local/tau + math.log(beta*K/local.shape[2])).masked_fill(~ok, float('-inf'))
-        rest = torch.cat([rest[..., None], local], 2).logsumexp(2)
-    return _mean_where(_patch_nce(s, rest), some)
+    others = draw_rows(u, tokens, generator) if queue is None else queue.detach()
+    def loss(rows, r, _):
+        p, here = _pairs_of(pairs, rows, names), None if same_ok is None else same_ok[rows]
+        (s, some), rest = _positive_scores(r, u[rows], p, tau), _rest(r, others, tau, rows)
+        if beta and p.neg.shape[2]:
+            local, ok = _local(r, u[rows], p, here)
+            K = len(others) if queue is not None else (len(u)-1)*others.shape[1]
+            local = (local/tau + math.log(beta*K/local.shape[2])).masked_fill(~ok, float('-inf'))
+            rest = torch.cat([rest[..., None], local], 2).logsumexp(2)
+        return _nce(s, rest).where(some, 0.).sum()
+    return _image_parts(loss, r, others, chunk)/_has(pairs.pos_ok).sum().clamp(min=1)
 
 # %% ../nbs/04_losses.ipynb #f65be13b
 def repco_positive(r:Tensor, # (B,M,d) online patches, unit rows (not checked)
@@ -350,7 +399,7 @@ def repco_positive(r:Tensor, # (B,M,d) online patches, unit rows (not checked)
                    queue:Tensor|None=None, # (K,d) older keys as negatives; None: the patches of the other images in `u`
                    tau:float=0.2, # temperature
                    tokens:int|None=None, # without a queue: patches per image that serve as negatives, drawn anew; None: all
-                   chunk:int|None=None, # images at a time, to bound memory: 4 x chunk x M x K bytes a table; None: all
+                   chunk:int|None=None, # images at a time, a table of 4 x chunk x M x K bytes; None: as suits the processor
                    generator:torch.Generator|None=None, # of the draw of `tokens`
                   ) -> Tensor: # scalar, mean over the patches with a positive
     """InfoNCE of a patch and similar patches of its image, L+ (our reading of RepCo, Lei et al. 2023). Gradient reaches `r` alone.
@@ -391,7 +440,7 @@ def repco(r:Tensor, # (B,M,d) online patches, unit rows (not checked)
           beta:float=1.0, # weight of L-, or with `joint` of the local negatives; 0: positives only
           positive:bool=True, # with L+; False: negatives only
           tokens:int|None=None, # without a queue: patches per image that serve as negatives of L+; None: all M
-          chunk:int|None=None, # images at a time in L+, to bound memory; None: all
+          chunk:int|None=None, # images at a time in L+; None: as suits the processor
           generator:torch.Generator|None=None, # of the draw of `tokens`
           joint:bool=False, # one softmax: the local negatives in the denominator of L+, weighted by beta K/k, instead of L-
           same:Tensor|None=None, # (B,M) long, which patch of `u` is the same place as patch i; None: i itself
@@ -429,14 +478,15 @@ def local_to_global(anchor:Tensor, # (B,d) a, global vectors of one view, unit r
                     tau:float=0.2, # temperature
                     online:str='anchor', # side that gets the gradient: 'anchor' or 'local'; 'both', as in AMDIM
                     tokens:int|None=None, # patches per image, drawn anew; None: all M
-                    chunk:int|None=None, # anchors at a time, to bound memory: 4 x chunk x B x M bytes a table; None: all
+                    chunk:int|None=None, # anchors at a time, a table of 4 x chunk x B x M bytes; None: as suits the processor
                     generator:torch.Generator|None=None, # of the draw of `tokens`
                    ) -> Tensor: # scalar, mean over all patches
     """Each global vector picks out the patches of its image, G (our reading of Rabarisoa et al. 2022). Gradient reaches `online` alone.
     Value at chance: ln(1+(B-1)M). Raises `ValueError` on wrong shapes or settings."""
     _check_global(anchor, local, online); _check_settings(tau, chunk, tokens, local.shape[1])
-    a, m = _online(anchor, _draw_tokens(local, tokens, generator), online)
-    return _patch_nce(row_similarity(a[:, None], m)/tau, _rest(a[:, None], m, tau, chunk)).mean()
+    a, m = _online(anchor, draw_rows(local, tokens, generator), online)
+    def loss(rows, a, m): return _nce(row_similarity(a, m[rows])/tau, _rest(a, m, tau, rows)).sum()
+    return _image_parts(loss, a[:, None], m, chunk, m)/m.shape[:2].numel()
 
 # %% ../nbs/04_losses.ipynb #a0291efa
 def token_to_image(local:Tensor, # (B,M,d) m, patches of one view, unit rows (not checked)
@@ -449,8 +499,9 @@ def token_to_image(local:Tensor, # (B,M,d) m, patches of one view, unit rows (no
     """Each patch picks out the global vector of its image, R: the reverse of `local_to_global` (ours, for comparison).
     Gradient reaches `online` alone. Value at chance: ln B. Raises `ValueError` on wrong shapes or settings."""
     _check_global(anchor, local, online); _check_settings(tau, None, tokens, local.shape[1])
-    a, m = _online(anchor, _draw_tokens(local, tokens, generator), online)
-    return _patch_nce(row_similarity(m, a[:, None])/tau, _rest(m, a[:, None], tau)).mean()
+    a, m = _online(anchor, draw_rows(local, tokens, generator), online)
+    def loss(rows, m, a): return _nce(row_similarity(m, a[rows])/tau, _rest(m, a, tau, rows)).sum()
+    return _image_parts(loss, m, a[:, None], None, a[:, None])/m.shape[:2].numel()
 
 # %% ../nbs/04_losses.ipynb #247c452a
 @torch.no_grad()

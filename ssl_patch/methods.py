@@ -198,7 +198,7 @@ class Method(_Step, _Queues, _Words):
         width = width_of(projector)
         patch_projector, patch_predictor = (dense.heads or dense_heads(encoder.patch_dim, width)) if dense else (None, None)
         if dense: check_dense(dense, encoder, views, patches, width, width_of(patch_projector))
-        self.trunk = Trunk(encoder, projector, patch_projector, dense.pool if dense else 1)
+        self.trunk = Trunk(encoder, projector, patch_projector, *(dense.pool, dense.draw) if dense else ())
         self.predictor,self.patch_predictor = predictor or nn.Identity(),patch_predictor or nn.Identity()
         self.target,self.dense = target and target(self.trunk),dense
         encoder.tower = 'online'

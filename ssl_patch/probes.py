@@ -83,7 +83,11 @@ def _accepting(encoder, size):
     finally:
         if before: encoder.sizes = before
 
-# %% ../nbs/08_probes.ipynb #564107d5
+# %% ../nbs/08_probes.ipynb #408bfbcb
+def _pieces(x, device):
+    "A batch (B,3,size,size), whole; on a CPU in pieces that are small enough for its caches: 128 images of 32 pixels, fewer of larger ones."
+    return x.split(max(8, 2**17 // x.shape[-1]**2)) if torch.device(device).type == 'cpu' else (x,)
+
 def extract(encoder: nn.Module, # ours, or any module from (B,3,size,size) floats in [0,1] to (B,D)
             images, # one split (`Images`), e.g. `data.train`
             batch_size: int = 256, # images at a time
@@ -102,7 +106,7 @@ def extract(encoder: nn.Module, # ours, or any module from (B,3,size,size) float
     feats, labels = [], []
     with frozen(encoder), _accepting(encoder, size), torch.autocast(device.type, torch.bfloat16, enabled=amp):
         for x, y in images.batches(size, batch_size, device=device, workers=workers, **({'resize': resize} if resize else {})):
-            feats.append(_pick(encoder(x.float() / 255), layer).float().cpu()); labels.append(y)
+            feats += [_pick(encoder(p.float() / 255), layer).float().cpu() for p in _pieces(x, device)]; labels.append(y)
     feats = torch.cat(feats)
     if bad := int((~feats.isfinite()).any(1).sum()): raise ValueError(f'encoder: features of {bad} of {len(feats)} images are not finite')
     return feats, None if labels[0] is None else torch.cat(labels).cpu()
@@ -219,6 +223,14 @@ def _check_fit(epochs, lr, batch_size, weight_decay):
     _positive(epochs=epochs, lr=lr, batch_size=batch_size)
     if isinstance(weight_decay, bool) or not isinstance(weight_decay, (int, float)) or not 0 <= weight_decay < math.inf: raise ValueError(f'weight_decay={weight_decay!r}: expected 0 or more')
 
+# %% ../nbs/08_probes.ipynb #e794792d
+def _slopes(head, x, y):
+    "Gradients of the mean cross-entropy for weights (C,D) and bias (C,) of a linear layer; to the bit those of autograd."
+    logp = F.log_softmax(head(x), 1)
+    slope = torch.zeros_like(logp).scatter_(1, y[:, None], -1 / len(y)) # of the loss for logp
+    slope = torch.ops.aten._log_softmax_backward_data(slope, logp, 1, logp.dtype) # for the scores: (p - t) / B
+    return slope.T @ x, slope.sum(0)
+
 # %% ../nbs/08_probes.ipynb #1ea5bcbe
 def fit_linear(x: Tensor, # (N,D) features, standardised
                y: Tensor, # (N,) labels, 0 to n_classes-1
@@ -232,16 +244,17 @@ def fit_linear(x: Tensor, # (N,D) features, standardised
     "Multinomial logistic regression by SGD with momentum 0.9 and a cosine schedule, per step. ValueError for bad settings."
     _positive(n_classes=n_classes); _check_fit(epochs, lr, batch_size, weight_decay)
     g = torch.Generator().manual_seed(seed)
-    head = nn.utils.skip_init(nn.Linear, x.shape[1], n_classes, device=x.device)
-    with torch.no_grad(): head.weight.copy_(torch.randn(head.weight.shape, generator=g) * .01); head.bias.zero_()
-    opt = torch.optim.SGD([dict(params=[head.weight], weight_decay=weight_decay), dict(params=[head.bias])], lr=lr, momentum=.9)
-    steps, step = epochs * math.ceil(len(x) / batch_size), 0
-    with _one_thread(min(batch_size, len(x)) * head.weight.numel()):
+    head = nn.utils.skip_init(nn.Linear, x.shape[1], n_classes, device=x.device).requires_grad_(False)
+    head.weight.copy_(torch.randn(head.weight.shape, generator=g) * .01); head.bias.zero_()
+    moves, steps, step = [torch.zeros_like(p) for p in head.parameters()], epochs * math.ceil(len(x) / batch_size), 0
+    with _one_thread(min(batch_size, len(x)) * head.weight.numel()), torch.no_grad():
         for _ in range(epochs):
             for i in torch.randperm(len(x), generator=g).to(x.device).split(batch_size):
-                for p in opt.param_groups: p['lr'] = lr * .5 * (1 + math.cos(math.pi * step / steps))
-                opt.zero_grad(); F.cross_entropy(head(x[i]), y[i]).backward(); opt.step(); step += 1
-    return head.requires_grad_(False)
+                rate, slopes = lr * .5 * (1 + math.cos(math.pi * step / steps)), _slopes(head, x[i], y[i])
+                if weight_decay: slopes[0].add_(head.weight, alpha=weight_decay)
+                for p, move, slope in zip(head.parameters(), moves, slopes): p.add_(move.mul_(.9).add_(slope), alpha=-rate)
+                step += 1
+    return head
 
 # %% ../nbs/08_probes.ipynb #7b8d64ce
 @dataclass(repr=False)
@@ -426,16 +439,14 @@ def _fingerprint(*things):
             t = list(t.state_dict().values())
         for v in t if isinstance(t, list) else [t]:
             whole = isinstance(v, Tensor) and v.ndim
-            h.update(v.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if whole else repr(v).encode())
+            h.update(v.detach().cpu().flatten().contiguous().view(torch.uint8).numpy() if whole else repr(v).encode())
     return h.hexdigest()
 
-# %% ../nbs/08_probes.ipynb #8d960265
-def _answer(encoder, size, layer='image', amp=False, device=None):
+# %% ../nbs/08_probes.ipynb #3ddabed4
+def _answer(encoder, size, layer='image', amp=False):
     "What an encoder says of four fixed pictures of noise."
     if layer not in _LAYERS: raise ValueError(f'layer={layer!r}: expected one of {_LAYERS}')
-    place = _place(encoder, size, device)[2]
-    x = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0))
-    if place != _place(encoder, size, None)[1]: encoder = copy.deepcopy(encoder).to(place)
+    place, x = _place(encoder, size, None)[1], torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0))
     with frozen(encoder), _accepting(encoder, size), torch.autocast(place.type, torch.bfloat16, enabled=amp): return _pick(encoder(x.to(place)), layer).float().cpu()
 
 def _read_features(file):
@@ -449,18 +460,23 @@ def _write_features(file, x):
     with open(aside, 'wb') as f: np.save(f, x.numpy())
     aside.replace(file)
 
-def _remembered(data, encoder, images, cache=None, limit=2**29, **how):
-    "`extract`, with the features of the last three encoders kept beside the data (up to half a gigabyte each), and in the folder `cache` if it is given."
-    kept = vars(data).setdefault('_features', {})
+def _remembered(data, encoder, stores, cache=None, hashed=None, **how):
+    "`extract` of several stores, each from memory or from the folder `cache` where it is there. `hashed`: the fingerprint of the encoder, if known."
+    size, here, place = _place(encoder, how.get('size'), how.get('device'))
     matters = {k: v for k, v in sorted(how.items()) if k not in ('batch_size', 'device', 'workers')}
-    seen = _answer(encoder, _place(encoder, how.get('size'), None)[0], **{k: how[k] for k in ('layer', 'amp', 'device') if k in how})
-    key = _fingerprint(encoder, seen, images.content(), repr(matters))
-    file = cache and Path(cache)/f'features_{key}.npy'
+    hashed = hashed or _fingerprint(encoder)
+    if place != here: encoder = copy.deepcopy(encoder).to(place)
+    own = _fingerprint(hashed, _answer(encoder, size, **{k: how[k] for k in ('layer', 'amp') if k in how}), repr(matters))
+    return [_recalled(data, encoder, s, f'{own}_{s.content()}', cache, how) for s in stores]
+
+def _recalled(data, encoder, store, key, cache, how, limit=2**29):
+    "`extract`; the features of the last three encoders are kept beside the data, up to half a gigabyte each, and in the folder `cache` if it is given."
+    kept, file = vars(data).setdefault('_features', {}), cache and Path(cache)/f'features_{key}.npy'
     x, count = kept.pop(key, (None, 0))
     if x is not None and x._version != count: x = None # somebody changed them in place
     if x is None: x = _read_features(file)
     if x is None:
-        x = extract(encoder, images, **how)[0]
+        x = extract(encoder, store, **how)[0]
         if file: _write_features(file, x)
     if x.numel()*4 <= limit: kept[key] = x, x._version # the newest last
     for old in list(kept)[:-6]: del kept[old]
@@ -520,23 +536,27 @@ def evaluate(score, # function (train_x, train_y, test_x, test_y, n_classes) -> 
              out = None, # run folder to which the record is added
              whole: bool = False, # hand `score` two things more: the network that is measured, and the train images
              least: int = 1, # train images that the protocol needs
+             check = None, # function (train_y, test_y, numbers of the train images that are used) -> more settings; asked before any work
+             plain: bool = True, # False: `score` gets None for the train features
              **extract_args, # batch_size, device, workers, size, resize, amp: as in `extract`; cache: a folder
             ) -> Record: # with its baselines
     "Score one protocol on an encoder and on its baselines. ValueError before any work if the data cannot be probed."
     began = time.time()
-    train, test, y, v, said, note = _probed(data, layer, targets, encoder, overlap, least)
+    train, test, y, v, use, said, note = _probed(data, layer, targets, encoder, overlap, least)
+    if check: settings = dict(settings, **check(y, v, use))
     _check_how(protocol, extract_args, encoder); out = out and writable(out)
     size, _, device = _place(encoder, extract_args.pop('size', None), extract_args.get('device'))
     classes = int(max(y.max(), v.max())) + 1 if targets is None else y.shape[1]
-    def measure(enc, layer):
-        x, u = (_remembered(data, enc, s, **dict(extract_args, layer=layer, size=size)) for s in (train, test))
-        s = score(x, y, u, v, classes, *((enc, train) if whole else ()))
+    def measure(enc, layer, hashed=None):
+        *x, u = _remembered(data, enc, [train, test] if plain else [test], hashed=hashed, **dict(extract_args, layer=layer, size=size))
+        s = score(x[0] if plain else None, y, u, v, classes, *((enc, train) if whole else ()))
         return s if isinstance(s, Score) else Score(float(s))
     broken, found, beside, memory = len(test.skipped), measure(encoder, layer), {}, vars(data).setdefault('_baseline_values', {})
     if n := len(test.skipped) - broken: note.append(f'{n} test images cannot be read; others stood in for them')
     for what, enc in _baseline_encoders(encoder, data, size, seed) if baselines else ():
-        key = _fingerprint(enc, protocol, metric, repr(settings), layer, size, extract_args.get('resize'), extract_args.get('amp'), seed, y, v, train.content(), test.content())
-        if key not in memory: memory[key] = measure(enc, 'image' if what == 'raw pixels' else layer).value
+        hashed = _fingerprint(enc)
+        key = _fingerprint(hashed, protocol, metric, repr(settings), layer, size, extract_args.get('resize'), extract_args.get('amp'), seed, y, v, train.content(), test.content())
+        if key not in memory: memory[key] = measure(enc, 'image' if what == 'raw pixels' else layer, hashed).value
         beside[what] = memory[key]
     settings = dict(settings, size=size, **{k: extract_args[k] for k in ('resize', 'amp') if extract_args.get(k)}, **said)
     record = Record(protocol, found.value, name or getattr(encoder, 'tower', '') or 'encoder', data.name, (chance or _usual_chance)(y, v, classes), metric, layer=layer,
@@ -547,7 +567,7 @@ def evaluate(score, # function (train_x, train_y, test_x, test_y, n_classes) -> 
 
 # %% ../nbs/08_probes.ipynb #35f81be6
 def _probed(data, layer, targets, encoder, overlap, least):
-    "(train, test, train labels, test labels, settings, notes) that may be measured with; ValueError otherwise."
+    "(train, test, train labels, test labels, numbers of the train images used, settings, notes) that may be measured with; ValueError otherwise."
     train, test = _splits(data, layer, targets, least)
     use, leak, said = _no_leak(train, test, encoder, overlap, data.name)
     y, v = (train.labels.cpu(), test.labels.cpu()) if targets is None else targets
@@ -556,7 +576,7 @@ def _probed(data, layer, targets, encoder, overlap, least):
         if len(y) < least: raise ValueError(f"k={least}: overlap='drop' leaves {len(y)} labelled images in the bank (train split of {data.name!r})")
         if targets is None and len(y.unique()) < 2: raise ValueError(f"data={data.name!r}: overlap='drop' leaves fewer than two classes in train; nothing to tell apart")
     unseen = _unseen(y, v) if targets is None else ''
-    return train, test, y, v, said, [leak, f'{unseen}: errors' if unseen else '']
+    return train, test, y, v, torch.arange(len(y)) if use is None else use, said, [leak, f'{unseen}: errors' if unseen else '']
 
 def _unseen(y, v):
     "A note on test labels `v` that train labels `y` lack, or ''."

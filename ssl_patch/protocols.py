@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from .data import ByteFiles, FileImages, ImageData, fit
-from .probes import (Record, Score, evaluate, frozen, hits, raw_pixels, topk_similar, _fingerprint, _labelled_splits, _no_leak,
-                              _one_thread, _pick, _place, _positive, _splits)
+from .probes import (Record, Score, evaluate, frozen, hits, raw_pixels, topk_similar, _fingerprint, _labelled_splits,
+                              _one_thread, _pick, _pieces, _place, _positive, _remembered, _slopes, _splits)
 from .views import Recipe, draw_boxes, generator_for, resized_crop
 
 # %% ../nbs/08b_protocols.ipynb #82b2cab6
@@ -130,7 +130,8 @@ def _feature_epochs(encoder, store, recipe, views, seed, layer, size, resize, de
     def order(e): return torch.randperm(len(store), generator=generator_for(seed, e, 'order')).split(recipe.batch_size)
     def encode(batches, e):
         for x, b in zip(_augmented(store, recipe, size, resize, batches, (seed, e, 'views'), device, workers), batches):
-            with frozen(encoder), torch.autocast(device.type, torch.bfloat16, enabled=amp): z = _pick(encoder(x), layer).float()
+            with frozen(encoder), torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                z = torch.cat([_pick(encoder(p), layer).float() for p in _pieces(x, device)])
             yield z, b
     if views is None: return lambda e: encode(order(e), e)
     in_order = torch.arange(len(store)).split(recipe.batch_size)
@@ -157,7 +158,8 @@ def train_head(epoch, # function: number of an epoch -> batches of (features (b,
     for e in range(recipe.epochs):
         for z, b in epoch(e):
             opt.param_groups[0]['lr'] = linear_rate(recipe, step, per_epoch)
-            opt.zero_grad(); F.cross_entropy(head(z), y[b.to(y.device)]).backward(); opt.step(); step += 1
+            with torch.no_grad(): head.weight.grad, head.bias.grad = _slopes(head, z, y[b.to(y.device)])
+            opt.step(); step += 1
     return head.requires_grad_(False)
 
 # %% ../nbs/08b_protocols.ipynb #15df731c
@@ -185,16 +187,17 @@ def linear_probe(encoder: nn.Module, # to be measured; frozen meanwhile, left as
     if views is not None: _positive(views=views)
     recipe = replace(recipe, batch_size=min(recipe.batch_size, len(_labelled_splits(data, layer)[0]))) # a rate for a batch follows it
     size, _, device = _place(encoder, more.get('size'), more.get('device'))
-    def score(x, y, u, v, classes, net, store):
-        raw, net = isinstance(net, raw_pixels), net if _place(net, size, None)[1] == device else copy.deepcopy(net).to(device)
-        length = x.square().sum(1).mean().sqrt().item() if raw else 1.
+    plain = {k: more[k] for k in ('batch_size', 'device', 'workers', 'resize', 'amp', 'cache') if k in more}
+    def score(_, y, u, v, classes, net, store):
+        raw, net, length = isinstance(net, raw_pixels), net if _place(net, size, None)[1] == device else copy.deepcopy(net).to(device), 1.
+        if raw: length = _remembered(data, net, [store], layer='image', size=size, **plain)[0].square().sum(1).mean().sqrt().item()
         how = ('image' if raw else layer, size, more.get('resize'), device, more.get('workers', 0), more.get('amp', False))
         epochs = _feature_epochs(net, store, recipe, views, seed, *how)
-        with _one_thread(recipe.batch_size * x.shape[1] * classes) if views else nullcontext():
-            head = train_head(lambda e: ((z / length, b) for z, b in epochs(e)), y.to(device), x.shape[1], classes, recipe, seed)
+        with _one_thread(recipe.batch_size * u.shape[1] * classes) if views else nullcontext():
+            head = train_head(lambda e: ((z / length, b) for z, b in epochs(e)), y.to(device), u.shape[1], classes, recipe, seed)
         return hits(head(u.to(device) / length).argmax(1), v)
     settings = dict(recipe=called, views=views or 'fresh', **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()})
-    return evaluate(score, encoder, data, 'linear, augmented', settings, layer, name, seed, baselines, whole=True, **more)
+    return evaluate(score, encoder, data, 'linear, augmented', settings, layer, name, seed, baselines, whole=True, plain=False, **more)
 
 # %% ../nbs/08b_protocols.ipynb #1b7802b5
 transfer_sets = {'food': 'top-1', 'cifar10': 'top-1', 'cifar100': 'top-1', 'sun397': 'top-1', 'cars': 'top-1',
@@ -257,11 +260,14 @@ def logistic_path(x: Tensor, # (N,D) features
     "Logistic regression for every weight decay, each started at the weights of the one before."
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
-    model, x, y = LogisticRegression(max_iter=max_iter, warm_start=True), x.double().numpy(), y.numpy()
+    from threadpoolctl import ThreadpoolController # scikit-learn brings it along
+    model, threads = LogisticRegression(max_iter=max_iter, warm_start=True), ThreadpoolController()
+    few, x, y = 1 if x.numel() * len(y.unique()) < 1e8 else None, x.double().numpy(), y.numpy()
     for wd in sorted(wds, reverse=True):
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), threads.limit(limits=few):
             warnings.simplefilter('ignore', ConvergenceWarning)
-            yield wd, model.set_params(C=1 / wd).fit(x, y)
+            model.set_params(C=1 / wd).fit(x, y)
+        yield wd, model
 
 # %% ../nbs/08b_protocols.ipynb #67c2d53d
 _AP = ('area', 'interpolated', '11-point')
@@ -324,12 +330,6 @@ def _scored(answer, v, metric, classes):
     if metric == 'mean per class': return Score(per_class(answer, v, classes).nanmean().item())
     return Score(mean_average_precision(answer, v, metric.removesuffix(' mAP')))
 
-# %% ../nbs/08b_protocols.ipynb #0a0aa488
-def _left(splits, encoder, overlap, name):
-    "Numbers of the train images that remain after `overlap='drop'`; ValueError where test images were learned from."
-    use = _no_leak(*splits, encoder, overlap, name)[0]
-    return torch.arange(len(splits[0])) if use is None else use
-
 # %% ../nbs/08b_protocols.ipynb #117acba3
 def _check_logistic(train, metric, targets, validation, wds, max_iter):
     "(metric, weight decays, the strongest first); ValueError for what does not fit."
@@ -350,8 +350,8 @@ def _check_logistic(train, metric, targets, validation, wds, max_iter):
 
 # %% ../nbs/08b_protocols.ipynb #1446cb0e
 def _held_out(validation, y, use, seed):
-    "(numbers of the held-out images among those of `use`, what the settings say of them); ValueError if none are left, or nothing else."
-    if isinstance(validation, float): held, said = validation_split(y[use], validation, seed)[1], validation
+    "(numbers of the held-out images among those of `use`, whose labels are y; what the settings say of them). ValueError if none are left, or nothing else."
+    if isinstance(validation, float): held, said = validation_split(y, validation, seed)[1], validation
     else:
         held = torch.isin(use, validation.to(use)).nonzero().flatten()
         said = f'{len(held)} images, {_fingerprint(held)[:8]}'
@@ -382,22 +382,25 @@ def logistic(encoder: nn.Module, # to be measured; frozen meanwhile, left as it 
              **more, # overlap, out, and batch_size, device, workers, size, resize, amp, cache: as in `evaluate`
             ) -> Record: # `chosen`: the weight decay, its score on the held-out images, and whether the last fit converged
     "Logistic regression on frozen features (linear transfer). ValueError before work if something does not fit; needs scikit-learn."
-    _sklearn(); splits = _splits(data, layer, targets)
-    metric, wds = _check_logistic(splits[0], metric, targets, validation, wds, max_iter)
-    use, held, said = _left(splits, encoder, more.get('overlap', 'refuse'), data.name), None, None
-    if len(wds) > 1: held, said = _held_out(validation, (splits[0].labels if targets is None else targets[0]).cpu(), use, seed)
+    _sklearn()
+    metric, wds = _check_logistic(_splits(data, layer, targets)[0], metric, targets, validation, wds, max_iter)
+    held, several = None, len(wds) > 1
+    def check(y, v, use):
+        nonlocal held
+        if several: held, said = _held_out(validation, y.cpu(), use, seed)
+        return dict(validation=said) if several else {}
     def score(x, y, u, v, classes):
         on_held = _choose_wd(x, y, classes, metric, held, wds, max_iter)
         wd = max(on_held, key=on_held.get)
         answer, converged = _fit_logistic(x, y, u, [w for w in wds if w >= wd], max_iter)[wd]
         s = _scored(answer, v, metric, classes)
-        s.chosen = dict(wd=wd, converged=converged, **({} if len(wds) == 1 else {'validation': on_held[wd]}))
+        s.chosen = dict(wd=wd, converged=converged, **({'validation': on_held[wd]} if several else {}))
         return s
     def balanced(y, v, classes): return 1 / len(v.unique())
-    settings = dict(wds=_in_words(wds), **({'validation': said} if len(wds) > 1 else {}), max_iter=max_iter)
+    settings = dict(wds=_in_words(wds), **({'validation': None} if several else {}), max_iter=max_iter) # `check` says which
     record = evaluate(score, encoder, data, 'logistic', settings, layer, name, seed, baselines, metric, targets,
-                      balanced if metric == 'mean per class' else None, **more)
-    if len(wds) > 1 and record.chosen['wd'] in (min(wds), max(wds)):
+                      balanced if metric == 'mean per class' else None, check=check, **more)
+    if several and record.chosen['wd'] in (min(wds), max(wds)):
         warnings.warn(f"wd={record.chosen['wd']:g} was chosen, an end of the grid: a better one may lie beyond it", stacklevel=2)
     return record
 
@@ -506,9 +509,7 @@ def svm(encoder: nn.Module, # to be measured; frozen meanwhile, left as it was
     "mAP of one linear SVM per class (VOC07 protocol). ValueError before work if something does not fit; needs scikit-learn."
     Cs = _check_svm(C, shots, draws, kind, negatives)
     if targets is None: targets = _one_vs_rest(data, layer)
-    splits = _splits(data, layer, targets)
-    use = _left(splits, encoder, more.get('overlap', 'refuse'), data.name)
-    _check_counts(data, targets[0][use], targets[1], Cs, shots, len(splits[0]) - len(use))
+    def check(y, v, use): return _check_counts(data, y, v, Cs, shots, len(data.train) - len(use)) or {}
     def score(x, y, u, v, classes):
         (x, u), every = (F.normalize(t.double(), dim=1) for t in (x, u)), torch.arange(len(y))
         rows = [[every]*classes] if shots is None else [draw_shots(y, shots, seed*1000 + d, negatives) for d in range(draws)]
@@ -518,7 +519,7 @@ def svm(encoder: nn.Module, # to be measured; frozen meanwhile, left as it was
         return Score(sum(values) / len(values), chosen=chosen)
     few = {} if shots is None else dict(shots=shots, draws=draws, negatives=negatives)
     settings = dict(C=list(Cs) if len(Cs) > 1 else float(Cs[0]), **few)
-    return evaluate(score, encoder, data, 'SVM', settings, layer, name, seed, baselines, f'{kind} mAP', targets, **more)
+    return evaluate(score, encoder, data, 'SVM', settings, layer, name, seed, baselines, f'{kind} mAP', targets, check=check, **more)
 
 # %% ../nbs/08b_protocols.ipynb #a947b576
 voc_classes = ['aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable', 'dog', 'horse',

@@ -29,6 +29,7 @@ class Term:
     needs = {('query', 'online'), ('key', 'target')} # which tower must look at which view
     whole = False # whether it needs all patches of the grid
     takes_queue = False # whether it takes older image means as negatives
+    draw = None # how many patches of an image, drawn at random, are all that it looks at; None: it looks at all of them
     with_images = False # whether patches are compared with image vectors, so that both need one width
     def chance(self, B, M, K): return None # its value where nothing is told apart: B images, M patches each, K keys in the queue
     def __repr__(self):
@@ -41,7 +42,7 @@ class Term:
 class match_term(Term):
     "InfoNCE of patches matched across views by backbone features (DenseCL, arXiv 2011.09157)."
     tau: float = .2 # temperature
-    chunk: int|None = None # images at a time, to bound memory; None: all
+    chunk: int|None = None # images at a time; None: as suits the processor
 
     takes_queue = True
 
@@ -67,7 +68,7 @@ class repco_term(Term):
     gap: float|None = None # instead of `quantile`: a negative is less similar than the positive by this much
     joint: bool = False # one softmax for positives, local negatives and queue
     tokens: int|None = None # without a queue: patches per image that serve as negatives; None: all
-    chunk: int|None = None # images at a time, to bound memory; None: all
+    chunk: int|None = None # images at a time; None: as suits the processor
 
     whole, takes_queue = True, True
 
@@ -110,10 +111,12 @@ class global_term(Term):
     tau: float = .2 # temperature
     online: str = 'each' # which side learns: 'each', 'local', 'anchor' or 'both'
     reverse: float = 0. # weight of the opposite question, mu
-    tokens: int|None = None # patches per image that are compared, drawn anew each time; None: all
-    chunk: int|None = None # anchors at a time, to bound memory; None: all
+    tokens: int|None = None # patches per image that are compared, drawn anew each time, before the heads if other terms let it; None: all
+    chunk: int|None = None # anchors at a time; None: as suits the processor
 
     with_images = True
+    @property
+    def draw(self): return self.tokens
 
     def __post_init__(self):
         if self.online not in ('each', 'local', 'anchor', 'both'): raise ValueError(f"online must be 'each', 'local', 'anchor' or 'both', got {self.online!r}")
@@ -177,6 +180,11 @@ class Dense:
 
     @property
     def needs(self): return set().union(*(t.needs for t in self.terms))
+
+    @property
+    def draw(self): # patches per image that the heads need to see; None: all
+        each = [t.draw for t in self.terms]
+        return None if None in each else max(each)
 
     def loss(self, query, key, queue): return sum(t(query, key, queue if t.takes_queue else None) for t in self.terms)
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn, Tensor
 from .encoders import Features, pool_cells
+from .losses import draw_rows
 
 # %% ../nbs/06_towers.ipynb #aa1f6cb5
 @dataclass
@@ -21,7 +22,7 @@ class Embedding:
     "What a tower makes of a batch of images: vectors to compare, and the features that they come from."
     image: Tensor # (B,d) one vector per image
     patches: Tensor|None # (B,M,d) one vector per patch, or per block of patches; None without a head for them
-    features: Features # of the encoder, of the same patches
+    features: Features # of the encoder, of the same patches; of all of them where few are drawn for `patches`
     mean: Tensor|None = None # (B,d) the mean over the patches, brought to unit length: what a queue of patches holds
 
     def rows(self, i): # (n,) long
@@ -36,15 +37,16 @@ class Trunk(nn.Module):
                  projector, # module (B,D) -> (B,d)
                  patch_projector=None, # module (rows,D') -> (rows,d), for every patch; None: patches are not compared
                  pool:int=1, # patches are averaged over pool x pool cells first
+                 draw:int|None=None, # patches per image that are drawn for the patch projector, in training; None: all
                 ):
         super().__init__()
-        self.encoder,self.projector,self.patch_projector,self.pool = encoder,projector,patch_projector,pool
+        self.encoder,self.projector,self.patch_projector,self.pool,self.draw = encoder,projector,patch_projector,pool,draw
 
     def forward(self, x, keep=None) -> Embedding: # not normalised
         f = self.encoder(x, keep)
         if self.patch_projector is None: return Embedding(self.projector(f.image), None, f)
         f = pool_cells(f, self.pool)
-        return Embedding(self.projector(f.image), each_patch(self.patch_projector, f.patches), f)
+        return Embedding(self.projector(f.image), each_patch(self.patch_projector, draw_rows(f.patches, self.draw if self.training else None)), f)
 
 def each_patch(head, x): return head(x.flatten(0, 1)).unflatten(0, x.shape[:2]) # (B,M,D) -> (B,M,d); batch-norm counts every patch
 

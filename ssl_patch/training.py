@@ -49,14 +49,16 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for p in (p for p in group['params'] if p.grad is not None):
-                g = p.grad
-                if p.ndim > 1:
-                    g = g + group['weight_decay']*p
-                    a, b = p.norm(), g.norm()
-                    g = g * torch.where((a > 0) & (b > 0), group['trust']*a/b, torch.ones_like(a))
-                m = self.state[p].setdefault('momentum', torch.zeros_like(p))
-                p.sub_(m.mul_(group['momentum']).add_(g), alpha=group['lr'])
+            params = sorted((p for p in group['params'] if p.grad is not None), key=lambda p: p.ndim <= 1) # matrices first
+            matrices, grads = [p for p in params if p.ndim > 1], [p.grad for p in params]
+            if matrices:
+                g = torch._foreach_add(grads[:len(matrices)], matrices, alpha=group['weight_decay'])
+                a, b = (torch.stack(torch._foreach_norm(x)) for x in (matrices, g))
+                torch._foreach_mul_(g, torch.where((a > 0) & (b > 0), group['trust']*a/b, 1.).unbind())
+                grads[:len(matrices)] = g
+            moments = [self.state[p].setdefault('momentum', torch.zeros_like(p)) for p in params]
+            torch._foreach_mul_(moments, group['momentum']); torch._foreach_add_(moments, grads)
+            torch._foreach_add_(params, moments, alpha=-group['lr'])
 
 # %% ../nbs/09_training.ipynb #89fa2c9e
 def make_optimizer(method:nn.Module, # what is trained
@@ -70,7 +72,7 @@ def make_optimizer(method:nn.Module, # what is trained
               dict(params=[p for n, p in named if spared(n, p)], weight_decay=0.)]
     groups = [g for g in groups if g['params']]
     if recipe.optimizer == 'adamw': return torch.optim.AdamW(groups, lr=lr, fused=True)
-    if recipe.optimizer == 'sgd': return torch.optim.SGD(groups, lr=lr, momentum=.9)
+    if recipe.optimizer == 'sgd': return torch.optim.SGD(groups, lr=lr, momentum=.9) # not fused: it fails where a weight gets its first gradient late (warm-up of patch terms)
     if recipe.optimizer == 'lars': return LARS(groups, lr=lr)
     raise ValueError(f"optimizer must be 'adamw', 'sgd' or 'lars', got {recipe.optimizer!r}")
 
@@ -274,10 +276,11 @@ def subset_knn(encoder:nn.Module, # what is judged
                bank:int=2000, # labelled training images
                queries:int=500, # test images
                k:int=20, T:float=.07, # neighbours and temperature of the vote
+               amp:bool=False, # features in bfloat16, as a run that trains in it takes them
               ) -> float: # top-1
     "Weighted kNN on fixed, class-balanced subsets: a thermometer during training."
     some = lambda store, n: store.sample(min(n, len(store)), seed=0)
-    (b, bl), (q, ql) = (extract(encoder, some(s.labelled(), n)) for s, n in ((data.train, bank), (data.test, queries)))
+    (b, bl), (q, ql) = (extract(encoder, some(s.labelled(), n), amp=amp) for s, n in ((data.train, bank), (data.test, queries)))
     return (knn_predict(q, b, bl, k=min(k, len(b)), T=T) == ql).float().mean().item()
 
 # %% ../nbs/09_training.ipynb #7d900947
@@ -338,18 +341,23 @@ class _Batch:
     "The part of `Pretrainer` that trains on one loaded batch."
     def train_batch(self, views):
         "One loaded batch: a forward, a backward and an optimiser step for each draw of patches."
-        done = self.batches/self.total
+        done, phase = self.batches/self.total, self.loader.phase
+        phase('sample')
         self.set_lr()
         torch.manual_seed(seed_for(self.seed, 1, self.batches)) # drop-path and the like
         generator = torch.Generator(self.device).manual_seed(seed_for(self.seed, 2, self.batches))
         self.method.looking = (self.batches+1) % len(self.loader) == 0 # the last batch of an epoch
         for keeps in self.method.samples(views, generator):
+            phase('forward')
             with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16):
                 loss, log = self.method(views, keeps, done)
+            phase('backward')
             self.optimizer.zero_grad()
             loss.backward()
+            phase('optimiser')
             if self.clip: self.clip()
             self.optimizer.step()
+            phase('bookkeeping')
             self.method.after_step(done)
             self.meter.add(self.batches, loss, **log)
         self.batches += 1
@@ -433,7 +441,7 @@ class _Bookkeeping(_Stop):
         n = len(self.loader)*self.recipe.batch_size
         row = dict(epoch=epoch, batches=self.batches, images=epoch*n, **self.meter.means(), **signs(self.method.seen), lr=self.optimizer.param_groups[0]['lr'],
                    seconds=self.seconds, images_per_s=self.batches*self.recipe.batch_size/self.seconds, knn=None)
-        if self.knn_every and (epoch % self.knn_every == 0 or epoch == self.epochs): row['knn'] = subset_knn(self.encoder, self.data)
+        if self.knn_every and (epoch % self.knn_every == 0 or epoch == self.epochs): row['knn'] = subset_knn(self.encoder, self.data, amp=self.bf16)
         self.clock = time.time() # measuring is not training
         self.history.append(row); self.meter = Meter()
         kind = lambda row: (collapse(row) or '').split('(')[0] # each kind is named when it begins

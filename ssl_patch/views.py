@@ -9,8 +9,8 @@ __all__ = ['View', 'central_box', 'random_boxes', 'crop_matrix', 'resized_crop',
            'photometric', 'draw_boxes', 'make_view', 'show_views', 'show_recipe', 'seed_for', 'generator_for',
            'ViewLoader']
 
-# %% ../nbs/02_views.ipynb #9c97ee93
-import hashlib
+# %% ../nbs/02_views.ipynb #95c3dc9f
+import hashlib, math
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
@@ -122,7 +122,7 @@ def _sum_taps(x, j, w):
     "`x` (n,N,...): add up entries `j` (n,size,T) of the second axis with weights `w`"
     (n, N), size = x.shape[:2], j.shape[1]
     j = j.clamp(0, N-1) + torch.arange(n)[:,None,None]*N
-    y = F.embedding_bag(j.view(n*size, -1), x.reshape(n*N, -1), per_sample_weights=w.reshape(n*size, -1), mode='sum')
+    y = F.embedding_bag(j.reshape(n*size, -1), x.reshape(n*N, -1).contiguous(), per_sample_weights=w.reshape(n*size, -1), mode='sum')
     return y.view(n, size, *x.shape[2:])
 
 def _crop_taps(x, box, size, flip):
@@ -131,12 +131,31 @@ def _crop_taps(x, box, size, flip):
     (jy, wy), (jx, wx) = _taps(t, h, size), _taps(l, w, size, flip)
     if x.dtype == torch.uint8: wy = wy/255
     used = torch.stack([t.floor(), (t+h).ceil(), l.floor(), (l+w).ceil()]).long()           # the rows and columns that a crop touches
-    for p in torch.arange(len(x)).split(_piece(x)):
+    taps = (2*(box[:,2:]/size).clamp_min(1)).ceil().long()                                  # those that are not zero: 2 where it grows
+    for p in torch.arange(len(x)).split(min(64, max(2, 2**17//(x.shape[-1]*x.shape[-2])))): # measured: what the cache holds
         p = slice(int(p[0]), int(p[-1])+1)
         (top, _, left, _), (_, bottom, _, right) = used[:,p].amin(1).tolist(), used[:,p].amax(1).tolist()
+        ny, nx = taps[p].amax(0).tolist()
         y = x[p,:,top:bottom,left:right].float().permute(0,2,1,3)                           # (n,rows,C,columns)
-        y = _sum_taps(y, jy[p]-top, wy[p])
-        out[p] = _sum_taps(y.permute(0,3,2,1), jx[p]-left, wx[p]).permute(0,2,3,1)
+        y = _sum_taps(y, jy[p,:,:ny]-top, wy[p,:,:ny])
+        out[p] = _sum_taps(y.permute(0,3,2,1), jx[p,:,:nx]-left, wx[p,:,:nx]).permute(0,2,3,1)
+    return out
+
+# %% ../nbs/02_views.ipynb #695fddc2
+def _crop_one(x, box, size, flip, out):
+    "`_crop_taps` of one image: x (C,H,W), box (1,4), flip (1,), into out (C,size,size), float"
+    (t, l, h, w), C, inner = box.unbind(1), len(x), x.stride(0) == 1                        # inner: channels side by side
+    (jy, wy), (jx, wx) = _taps(t, h, size), _taps(l, w, size, flip)
+    if x.dtype == torch.uint8: wy = wy/255
+    top, left, bottom, right = int(t.floor()), int(l.floor()), int((t+h).ceil()), int((l+w).ceil())
+    rows, cols = bottom-top, right-left
+    cut = x[:,top:bottom,left:right].permute((1,2,0) if inner else (1,0,2))
+    y = torch.empty(cut.shape).copy_(cut).view(rows, -1)                                    # (rows, columns x channels), either first
+    y = F.embedding_bag((jy[0]-top).clamp(0, rows-1), y, per_sample_weights=wy[0], mode='sum').t().contiguous()
+    j, c = (jx[0]-left).clamp(0, cols-1), torch.arange(C)[:,None,None]
+    j = (j*C + c if inner else j + c*cols).view(C*size, -1)
+    y = F.embedding_bag(j, y, per_sample_weights=wx.expand(C,-1,-1).reshape(j.shape), mode='sum').view(C, size, size)
+    for o, v in zip(out, y): o.copy_(v.t())
     return out
 
 # %% ../nbs/02_views.ipynb #0ec3743d
@@ -196,8 +215,8 @@ def _grey(x, out=None):
 
 # %% ../nbs/02_views.ipynb #feff266f
 def _scratch(x, tmp):
-    "Memory to work in, (5,B,H,W): a part of `tmp`, or new"
-    return x.new_empty(5, len(x), *x.shape[-2:]) if tmp is None else tmp[:,:len(x)]
+    "Memory to work in, (4,B,H,W): a part of `tmp`, or new"
+    return x.new_empty(4, len(x), *x.shape[-2:]) if tmp is None else tmp[:,:len(x)]
 
 def _brightness_(x, factor, tmp=None):
     "`brightness` in place"
@@ -211,31 +230,28 @@ def _contrast_(x, factor, tmp=None):
 
 def _saturation_(x, factor, tmp=None):
     "`saturation` in place"
-    f = _each(factor, x)
-    grey = _grey(x, _scratch(x, tmp)[0].unsqueeze(1)).mul_(1-f)
-    return x.mul_(f).add_(grey).clamp_(0, 1)
+    grey = _grey(x, _scratch(x, tmp)[0].unsqueeze(1))
+    return torch.lerp(grey, x, _each(factor, x), out=x).clamp_(0, 1)
 
-# %% ../nbs/02_views.ipynb #416a3de4
-def _hue6(x, top, inv, t, other):
-    "Fill `t` with the hue, in [-1,5], of pixels `x` with largest channel `top` and `inv` = 1/(largest - smallest)"
+# %% ../nbs/02_views.ipynb #f83491fe
+def _wheel(x, top, c, t, a):
+    "Fill `top` with the largest channel of pixels `x`, `c` with largest - smallest, `t` with the hue in [-3,3]; `a` is overwritten"
     r, g, b = x.unbind(1)
-    torch.sub(r, g, out=t).mul_(inv).add_(4)                                                # where blue is largest
-    torch.sub(b, r, out=other).mul_(inv).add_(2)
-    torch.where(top == g, other, t, out=t)
-    torch.sub(g, b, out=other).mul_(inv)
-    return torch.where(top == r, other, t, out=t)
+    torch.maximum(g, b, out=top); torch.minimum(g, b, out=a)
+    torch.sub(a, r, out=t).clamp_min_(0).add_(top).sub_(r)
+    torch.minimum(a, r, out=a); torch.maximum(top, r, out=top); torch.sub(top, a, out=c)
+    t.div_(torch.clamp(c, min=1e-12, out=a)).add_(1).copysign_(torch.sub(g, b, out=a))
 
 def _hue_(x, factor, tmp=None):
     "`hue` in place"
-    (r, g, b), (top, c, inv, t, other) = x.unbind(1), _scratch(x, tmp)
-    torch.maximum(torch.maximum(r, g, out=top), b, out=top)
-    torch.sub(top, torch.minimum(torch.minimum(r, g, out=c), b, out=c), out=c)
-    _hue6(x, top, torch.clamp(c, min=1e-12, out=inv).reciprocal_(), t, other)
+    top, c, t, a = _scratch(x, tmp)
+    _wheel(x, top, c, t, a)
     t.add_(_each(factor, x, 3), alpha=6)
-    t.sub_(torch.mul(t, 1/6, out=other).floor_(), alpha=6)                                  # once round the wheel, in [0,6)
-    for ch, a in zip((r, g, b), (3, 5, 1)):
-        torch.sub(t, a, out=ch).abs_().sub_(3).abs_().sub_(1).clamp_(0, 1).mul_(c)
-        torch.sub(top, ch, out=ch)
+    t.sub_(torch.mul(t, 1/6, out=a).round_(), alpha=6)                                      # once round the wheel, in [-3,3]
+    for ch, side in zip(x.unbind(1), (0, 1, -1)):
+        if side: torch.add(t, side, out=ch).abs_().sub_(3).abs_()
+        else: torch.abs(t, out=ch)
+        torch.addcmul(top, c, ch.sub_(1).clamp_(0, 1), value=-1, out=ch)
     return x
 
 # %% ../nbs/02_views.ipynb #bcf15d4d
@@ -279,7 +295,7 @@ def solarize(
     threshold=.5,    # one number or (B,): pixels from here on are inverted
 ) -> torch.Tensor:   # the same shape
     "Invert what is bright, as `torchvision`'s `solarize`"
-    return torch.where(x >= _each(threshold, x), 1-x, x)
+    return (x >= _each(threshold, x)).to(x.dtype).sub_(x).abs_()                            # |1-x| or |0-x|
 
 # %% ../nbs/02_views.ipynb #6869bcfa
 def _blur_conv(x, k):
@@ -290,11 +306,12 @@ def _blur_conv(x, k):
 
 def _blur_taps(x, k):
     "Sums of few pixels, as in `resized_crop`, best on a CPU"
-    def taps(n):
+    B, C, H, W = x.shape
+    def taps(n, times):
         j = (torch.arange(n)[:,None] + torch.arange(k.shape[1]) - k.shape[1]//2).abs()
-        return torch.minimum(j, 2*(n-1) - j).expand(len(x), -1, -1), k[:,None].expand(-1, n, -1)
-    y = _sum_taps(x.permute(0,2,1,3), *taps(x.shape[2]))
-    return _sum_taps(y.permute(0,3,2,1), *taps(x.shape[3])).permute(0,2,3,1)
+        return torch.minimum(j, 2*(n-1) - j).expand(B*times, -1, -1), k.repeat_interleave(times, 0)[:,None].expand(-1, n, -1)
+    y = _sum_taps(x.flatten(0, 1), *taps(H, C)).view(B, C*H, W)
+    return _sum_taps(y.transpose(1, 2), *taps(W, 1)).transpose(1, 2).unflatten(1, (C, H))
 
 def gaussian_blur(
     x: torch.Tensor, # float (B,C,H,W)
@@ -304,6 +321,8 @@ def gaussian_blur(
     "`torchvision`'s `gaussian_blur` with a width for every image. Raises ValueError for a kernel that is even or too large"
     if kernel % 2 != 1 or not 0 < kernel < 2*min(x.shape[-2:]):
         raise ValueError(f'kernel must be odd and below twice the image size {tuple(x.shape[-2:])}, got {kernel}')
+    if not (torch.is_tensor(sigma) and sigma.is_cuda):                                      # asking the device would make the host wait
+        kernel = min(kernel, 2*math.ceil(5*torch.as_tensor(sigma).max()) + 1)
     j = torch.arange(kernel, device=x.device, dtype=x.dtype) - kernel//2
     k = torch.softmax(-.5*(j/_each(sigma, x, 2))**2, 1)
     return (_blur_taps if x.device.type == 'cpu' else _blur_conv)(x, k)
@@ -319,24 +338,41 @@ def _change_(x, rows, f):
         if len(r) > 1 or z is not y: x[i] = z
     return x
 
-# %% ../nbs/02_views.ipynb #ba5b77e2
-_jitters = _brightness_, _contrast_, _saturation_, _hue_
+# %% ../nbs/02_views.ipynb #8f53bbf0
+def _blend_(x, factor, which, tmp=None):
+    "`brightness`, `contrast` or `saturation` in place: for each image the one that `which`, 0 to 2, names"
+    f, which = _each(factor, x), which.to(x.device, non_blocking=True).view(-1, 1, 1, 1)
+    g = _grey(x, _scratch(x, tmp)[0].unsqueeze(1))
+    mean = g.mean((2, 3), keepdim=True).mul_((1-f)*(which == 1))
+    return x.mul_(f).add_(g.mul_((1-f)*(which == 2)).add_(mean)).clamp_(0, 1)
 
-def _jitter_plan(order, device):
-    "Pairs of rows and the changes to make on them, one after the other"
-    def same(v): return [(v == k).nonzero().squeeze(1) for k in v.unique().tolist()]
-    if device.type != 'cpu': return [(rows, order[rows[0],p:p+1].tolist()) for p in range(4) for rows in same(order[:,p])]
-    return [(rows, order[rows[0]].tolist()) for rows in same(order @ torch.tensor([64,16,4,1]))]
+def _by_order(factors, order, rows):
+    "Those of `rows` that drew one order, and their changes: functions of (images, their rows, scratch)"
+    single = _brightness_, _contrast_, _saturation_, _hue_
+    drew = order[rows] @ torch.tensor([64,16,4,1])
+    for k in drew.unique().tolist():
+        those = rows[drew == k]
+        yield those, [lambda y, i, tmp, op=op: single[op](y, factors[i, op], tmp) for op in order[those[0]].tolist()]
+
+def _by_hue(factors, order, rows):
+    "Those of `rows` whose hue is turned at the same point, and their changes"
+    def change(p):
+        def blend(y, i, tmp): return _blend_(y, factors[i, order[i, p]], order[i, p], tmp)
+        return blend
+    def turn(y, i, tmp): return _hue_(y, factors[i, 3], tmp)
+    when = (order[rows] == 3).int().argmax(1)
+    for p in range(4): yield rows[when == p], [turn if q == p else change(q) for q in range(4)]
 
 def _color_jitter_(x, factors, order, rows=None):
     "`color_jitter` in place, on images `rows` (all when None); factors and order have a line for every image of `x`"
     if rows is None: rows = torch.arange(len(x))
-    tmp = x.new_empty(5, min(_piece(x), len(x)), *x.shape[-2:])
-    for r, ops in _jitter_plan(order[rows], x.device):
+    tmp = x.new_empty(4, min(_piece(x), len(x)), *x.shape[-2:])
+    alone = x.device.type == 'cpu' and _piece(x) < 16
+    for r, steps in (_by_order if alone else _by_hue)(factors, order, rows):
         def change(y, i):
-            for op in ops: _jitters[op](y, factors[i, op], tmp)
+            for step in steps: step(y, i, tmp)
             return y
-        _change_(x, rows[r], change)
+        _change_(x, r, change)
     return x
 
 # %% ../nbs/02_views.ipynb #90a4af5c
@@ -475,7 +511,8 @@ def _apply_changes_(
     rows = lambda drew: drew.nonzero().squeeze(1)
     if c.jitter.any(): _color_jitter_(x, c.factors, c.order, rows(c.jitter))
     _change_(x, rows(c.gray), lambda y, r: grayscale(y))
-    _change_(x, rows(c.blur), lambda y, r: gaussian_blur(y, recipe.kernel, c.sigma[r]))
+    wide = rows(c.blur)[c.sigma[c.blur].argsort()]                                          # pieces of like width: narrow ones are quick
+    _change_(x, wide, lambda y, r: gaussian_blur(y, recipe.kernel, c.sigma[r]))
     return _change_(x, rows(c.solarize), lambda y, r: solarize(y, recipe.solarize_threshold))
 
 def photometric(
@@ -585,14 +622,18 @@ def generator_for(
 
 # %% ../nbs/02_views.ipynb #74918619
 class _Cutter(torch.utils.data.Dataset):
-    "What a worker does: decode image `i` and cut one crop for every recipe"
-    def __init__(self, store, recipes, seed, epoch): self.store, self.recipes, self.key = store, recipes, (seed, epoch, 'boxes')
-    def __getitem__(self, i):
-        x, g = self.store[i][None], generator_for(*self.key, i)
-        def cut(recipe):
-            box, flip = draw_boxes(recipe, x.shape[-2:], g, 1)
-            return resized_crop(x, box, recipe.size, flip)[0], box[0], flip[0]
-        return i, [cut(r) for r in self.recipes]
+    "What a worker does: decode the images of a batch, and cut one crop of each for every recipe"
+    def __init__(self, store, recipes, seed): self.store, self.recipes, self.seed = store, recipes, seed
+    def __getitem__(self, what):
+        epoch, idx = what
+        views = [(torch.empty(len(idx), 3, r.size, r.size), torch.empty(len(idx), 4), torch.empty(len(idx), dtype=torch.bool)) for r in self.recipes]
+        for n, i in enumerate(idx):
+            x, g = self.store[i], generator_for(self.seed, epoch, 'boxes', i)
+            for r, (out, boxes, flips) in zip(self.recipes, views):
+                box, flip = draw_boxes(r, x.shape[-2:], g, 1)
+                _crop_one(x, box, r.size, flip, out[n])
+                boxes[n], flips[n] = box[0], flip[0]
+        return torch.tensor(idx), views
 
 # %% ../nbs/02_views.ipynb #5976c52d
 def _check_loader(store, recipes, batch_size):
@@ -605,6 +646,7 @@ def _check_loader(store, recipes, batch_size):
 # %% ../nbs/02_views.ipynb #ea4e92f7
 class ViewLoader:
     "Batches of views of a store; order and numbers depend on (seed, epoch, batch) alone. Raises ValueError for wrong recipes or sizes"
+    phase = staticmethod(lambda name: None) # is told which part of the work begins; `ssl_patch.speed` puts a clock here
     def __init__(self,
         store,               # an image store: `ssl_patch.data.Images`, or a uint8 tensor (N,3,H,W)
         recipes,             # a Recipe, or a list of them: one view for each
@@ -617,7 +659,7 @@ class ViewLoader:
         self.batch_size, self.seed, self.device, self.workers = batch_size, seed, torch.device(device), workers
         _check_loader(store, self.recipes, batch_size)
         images = store if torch.is_tensor(store) else getattr(store, 'images', None)
-        self.images = images.to(self.device) if images is not None else None
+        self.images, self._cuts = images.to(self.device) if images is not None else None, None
     def __len__(self): return len(self.store)//self.batch_size
     def epoch(self,
         e: int,         # which epoch
@@ -630,13 +672,22 @@ class ViewLoader:
         return (self._cut if self.images is not None else self._stream)(e, start, batches)
     def _cut(self, e, start, batches):
         for b, idx in enumerate(batches, start):
+            self.phase('load')
             x = self.images[idx.to(self.device, non_blocking=True)]
+            self.phase('views')
             yield [make_view(x, r, generator_for(self.seed, e, b, i)) for i, r in enumerate(self.recipes)], idx
     def _stream(self, e, start, batches):
-        cuts = torch.utils.data.DataLoader(_Cutter(self.store, self.recipes, self.seed, e), batch_sampler=batches.tolist(),
-                                           num_workers=self.workers, pin_memory=self.device.type == 'cuda')
+        cuts, self._cuts = self._cuts, None                                                 # the workers of the last epoch, if no other epoch has them
+        if cuts is None:
+            cuts = torch.utils.data.DataLoader(_Cutter(self.store, self.recipes, self.seed), batch_size=None, sampler=[], generator=torch.Generator(),
+                                               num_workers=self.workers, persistent_workers=self.workers > 0, pin_memory=self.device.type == 'cuda')
+        cuts.sampler[:] = [(e, b) for b in batches.tolist()]
+        self.phase('load')
         for b, (idx, crops) in enumerate(cuts, start):
+            self.phase('views')
             views = [View(*c).to(self.device, non_blocking=True) for c in crops]
             for i, (v, r) in enumerate(zip(views, self.recipes)):
                 _apply_changes_(v.x, draw_changes(r, len(v), generator_for(self.seed, e, b, i)), r)
             yield views, idx
+            self.phase('load')
+        self._cuts = cuts

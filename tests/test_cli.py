@@ -115,6 +115,23 @@ def test_folders_that_are_not_runs(tmp_path, capsys, monkeypatch, words, word):
     monkeypatch.chdir(tmp_path)
     assert run(*words) == 2 and word in capsys.readouterr().err
 
+def test_speed_times_a_few_batches_and_leaves_no_run(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert run('speed', '--data', 'pics', *SMALL[:-2], '--batches', 4, '--warmup', 1, '--out', 'speed.json') == 0
+    text = capsys.readouterr().out
+    assert all(k in text for k in ('views', 'backward', 'bookkeeping', 'at least', 'signs', 'images/s'))
+    found = json.loads((folder/'speed.json').read_text())
+    assert len(found['seconds']['forward']) == 4 and found['cli']['batches'] == 4 and found['images'] == 8 and found['images_per_s'] > 0
+    assert sorted(os.listdir(folder)) == ['pics', 'speed.json']
+
+@pytest.mark.parametrize('more, word', [(('--batches', 0), 'batches=0'), (('--batches', 100), 'the run has 10 left'), (('--out', 'nowhere/speed.json'), 'no folder nowhere'),
+                                        (('--method', 'simclr'), "'moco_v3'"), (('--device', 'cuda:99'), 'cuda')])
+def test_speed_says_what_is_wrong(folder, capsys, monkeypatch, more, word):
+    monkeypatch.chdir(folder)
+    assert run('speed', '--data', 'pics', *SMALL[:-2], *more) == 2
+    err = capsys.readouterr().err
+    assert word in err and 'Traceback' not in err
+
 def test_unknown_option_is_refused(capsys):
     assert run('pretrain', '--out', 'x', '--epoch', '3') != 0
 

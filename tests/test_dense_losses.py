@@ -4,7 +4,8 @@ from types import SimpleNamespace
 import pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from ssl_patch.losses import dense_nce, info_nce, local_to_global, repco, repco_negative, repco_positive, token_similarity, token_to_image
+from ssl_patch import losses
+from ssl_patch.losses import dense_nce, draw_rows, info_nce, local_to_global, repco, repco_negative, repco_positive, token_similarity, token_to_image
 
 def unit(g, *shape): return F.normalize(torch.randn(*shape, generator=g, dtype=torch.float64), dim=-1)
 
@@ -379,3 +380,23 @@ def test_chunks_bound_the_table_of_logits():
         for c, bound in ((None, whole), (chunk, max(part, B*M*8*d))):
             with Largest() as seen: f(c).backward()
             assert seen.most <= bound and (c is not None or seen.most == whole)
+
+@pytest.mark.parametrize('rows', [4, 8, 12])
+def test_parts_of_their_own_accord(rows, monkeypatch):
+    "Without `chunk` large tables are made in parts too, whichever side learns."
+    g = torch.Generator().manual_seed(0)
+    a, l, u, q = unit(g, 5, 6), unit(g, 5, 4, 6), unit(g, 5, 4, 6), unit(g, 9, 6)
+    match, pairs = torch.randint(4, (5, 4), generator=g), draw_pairs(g, 5, 4)
+    fs = [lambda a, l: dense_nce(l, u, match), lambda a, l: dense_nce(l, u, match, q), lambda a, l: repco(l, u, pairs), lambda a, l: repco(l, u, pairs, q, joint=True)]
+    fs += [lambda a, l, s=s, f=f: f(a, l, online=s) for s in ('anchor', 'local', 'both') for f in (local_to_global, lambda a, l, online: token_to_image(l, a, online=online))]
+    def results(): return [(value.detach(), *torch.autograd.grad(3*value, x, allow_unused=True)) for x in [(a.clone().requires_grad_(), l.clone().requires_grad_())] for value in (f(*x) for f in fs)]
+    whole = results()
+    monkeypatch.setattr(losses, '_rows_at_once', lambda *_: rows)
+    for one, two in zip(whole, results()):
+        for x, y in zip(one, two): assert (x is None and y is None) or torch.allclose(x, y, atol=1e-12)
+
+def test_draws_of_patches_are_uniform_and_without_replacement():
+    x = torch.arange(6.)[None, :, None].expand(4000, 6, 1)
+    got = draw_rows(x, 2, torch.Generator().manual_seed(0))[..., 0]
+    assert (got[:, 0] != got[:, 1]).all() and draw_rows(x, 6) is x and draw_rows(x, None) is x
+    assert torch.allclose(got.flatten().long().bincount()/4000, torch.full((6,), 1/3), atol=.04)

@@ -282,3 +282,51 @@ def test_show_targets():
     assert len(fig.axes) == 3*4
     assert [round(p.get_height(), 2) for ax in fig.axes[5:8] for p in ax.patches] == [.05, .6, .2] # the positive, then by mass
     assert 'not drawn: 0.15' in fig.axes[4].texts[0].get_text()
+
+# Tables in parts: nothing may depend on how many rows are made at a time.
+
+IMAGE = [info_nce, relation_kl, co2, ressl, sce]
+
+def with_gradient(f, q, *args, **kw):
+    q = q.detach().clone().requires_grad_()
+    value = f(q, *args, **kw)
+    return value.detach(), torch.autograd.grad(3*value, q)[0]/3
+
+@pytest.mark.parametrize('rows', [1, 3, 7, 8])
+@pytest.mark.parametrize('form', ['queue', 'keys', 'gathered', 'in_batch'])
+@pytest.mark.parametrize('f', IMAGE)
+def test_parts_are_the_whole(f, form, rows, monkeypatch):
+    if form == 'in_batch' and f is not sce: pytest.skip('keys and queue together are SCE only')
+    g = torch.Generator().manual_seed(0)
+    q, k, queue = unit(g, 7, 5), unit(g, 7 if form == 'queue' else 12 if form == 'gathered' else 7, 5), unit(g, 9, 5) if form in ('queue', 'in_batch') else None
+    kw = dict(offset=3) if form == 'gathered' else dict(in_batch=True) if form == 'in_batch' else {}
+    whole = with_gradient(f, q, k, queue, **kw)
+    monkeypatch.setattr(losses, '_rows_at_once', lambda *_: rows)
+    for a, b in zip(whole, with_gradient(f, q, k, queue, **kw)): torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    with torch.no_grad(): torch.testing.assert_close(f(q.requires_grad_(), k, queue, **kw), whole[0], rtol=0, atol=1e-12)
+
+@pytest.mark.parametrize('f', IMAGE)
+def test_parts_are_the_whole_in_float32(f, monkeypatch):
+    "Value and gradient to 1e-5 of their size."
+    g = torch.Generator().manual_seed(0)
+    args = [unit(g, n, 64).float() for n in (96, 96, 1000)]
+    want = with_gradient(f, *(x.double() for x in args))
+    for rows in (32, 1000):
+        monkeypatch.setattr(losses, '_rows_at_once', lambda *_: rows)
+        for a, b in zip(with_gradient(f, *args), want): assert (a - b).abs().max() <= 1e-5*b.abs().max()
+
+@pytest.mark.parametrize('f', IMAGE)
+def test_parts_keep_the_gradient_of_the_queries_alone(f, monkeypatch):
+    monkeypatch.setattr(losses, '_rows_at_once', lambda *_: 4)
+    g, seen = torch.Generator().manual_seed(0), []
+    q, k, queue = unit(g, 16, 8).requires_grad_(), unit(g, 16, 8).requires_grad_(), unit(g, 500, 8).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (seen.append(x.shape), x)[1], lambda x: x): value = f(q, k, queue)
+    assert [s for s in seen if len(s)] == [(16, 8)]
+    value.backward()
+    assert q.grad.abs().sum() > 0 and k.grad is None and queue.grad is None
+
+def test_a_gradient_of_a_gradient_is_refused_in_parts(monkeypatch):
+    monkeypatch.setattr(losses, '_rows_at_once', lambda *_: 2)
+    q = unit(torch.Generator().manual_seed(0), 4, 8).requires_grad_()
+    g, = torch.autograd.grad(info_nce(q, q.detach().flip(1)), q, create_graph=True)
+    with pytest.raises(RuntimeError, match='does not require grad'): g.sum().backward()

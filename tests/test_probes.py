@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 from ssl_patch.data import ImageData, TensorImages
 from ssl_patch.encoders import resnet, vit
-from ssl_patch.probes import (Record, accuracy, alignment, cell_labels, confusion, effective_rank, evaluate, extract, feature_std, fit_linear,
+from ssl_patch.probes import (_fingerprint, Record, accuracy, alignment, cell_labels, confusion, effective_rank, evaluate, extract, feature_std, fit_linear,
                               frozen, heat, iou, knn, knn_predict, linear, load_records, neighbours, patch_features, place_alone, raw_patches,
                               raw_pixels, segment, segmentation, show_heat, show_masks, show_tokens, standardise, table, token_colours,
                               topk_similar, uniformity, vote)
+from toys import Net
 matplotlib.use('Agg')
 
 def rand(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -28,20 +29,6 @@ def make_images(n, classes=3, seed=0, size=8, noise=25, labels=True):
 
 def make_data(n=60, m=30, **kw):
     return ImageData(make_images(n, seed=1, **kw), make_images(m, seed=2, **kw), 'colours', 'the label is a colour')
-
-class Net(nn.Module):
-    "A convolution with batch-norm and dropout: wrong in train mode."
-    def __init__(self, seed=0, size=8):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(.5),
-                                     nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.size, self.dim, self.log = size, 6, []
-    @property
-    def calls(self): return sum(n != 4 for n in self.log) # four pictures of noise are a key, no features
-    def fresh(self, seed): return Net(seed, self.size)
-    def forward(self, x): self.log.append(len(x)); return self.net(x)
 
 # ---------------------------------------------------------------- kNN
 def brute(queries, bank, labels, k, T, classes):
@@ -286,6 +273,25 @@ def test_features_are_extracted_once_for_all_protocols():
     assert len(data._features) == 6
     fresh = make_data(noise=90); fresh.train.labels = fresh.train.labels.flip(0); fresh.test.images[0] = 0
     assert once().value == knn(net, fresh, k=5, baselines=False).value
+
+def test_an_evaluation_looks_at_the_encoder_once(monkeypatch):
+    "Once the weights are hashed, the four key pictures shown, and train and test compared, for both splits together."
+    import ssl_patch.probes as probes
+    data, net, count = make_data(noise=90), Net(), {'_fingerprint': 0, '_no_leak': 0}
+    def counted(name, f):
+        def g(*a, **kw): count[name] += name == '_no_leak' or any(isinstance(x, nn.Module) for x in a); return f(*a, **kw)
+        return g
+    for name in count: monkeypatch.setattr(probes, name, counted(name, getattr(probes, name)))
+    knn(net, data, k=5, baselines=False)
+    assert count == {'_fingerprint': 1, '_no_leak': 1} and sorted(net.log) == [4, 30, 60]
+
+@pytest.mark.parametrize('size, most', [(8, 300), (32, 128), (64, 32), (224, 8)])
+def test_pieces_change_nothing(size, most):
+    net, x = Net(size=size), make_images(300 if size < 64 else 40, size=size)
+    z = extract(net, x, batch_size=300)[0]
+    assert max(net.log) == min(most, len(x))
+    with torch.no_grad(): whole = net.eval()(x.images.float() / 255)
+    assert torch.allclose(z, whole, atol=1e-6)
 
 def test_other_channel_statistics_are_another_baseline():
     data, enc = make_data(noise=120, size=16), vit('tiny', 16, 8, width=16, depth=1, heads=2)
@@ -740,3 +746,12 @@ def test_an_encoder_file_remembers_what_it_was_trained_on(tmp_path):
     assert load_encoder(save_encoder(net, tmp_path/'a.safetensors')).trained_on is None
     net.trained_on = data.test.fingerprints()
     with pytest.raises(ValueError, match='trained on 30 of 30'): knn(load_encoder(save_encoder(net, tmp_path/'a.safetensors')), data, k=5)
+
+
+def test_features_of_a_network_in_channels_last_are_remembered():
+    "A 1x1 convolution in channels_last has strides that cannot be read as bytes as they are."
+    net = nn.Conv2d(4, 6, 1).to(memory_format=torch.channels_last)
+    key = _fingerprint(net)
+    assert key == _fingerprint(net)
+    with torch.no_grad(): net.weight[0, 0] += 1
+    assert key != _fingerprint(net)

@@ -93,3 +93,13 @@ def test_shuffled_keys_come_back_in_order():
                                   lambda: Queue(3, 2).fit_to(100, 4), lambda: split_batch_norm(nn.Identity(), 0), lambda: SplitBatchNorm(2, 3)(torch.ones(4, 2, 1, 1)), lambda: EMA(nn.Identity(), 2.)])
 def test_bad_input(call):
     with pytest.raises(ValueError): call()
+
+def test_a_trunk_draws_patches_before_their_head_in_training():
+    "Rows of a linear head over the patches that were drawn are rows of the head over all of them; in eval mode nothing is drawn."
+    torch.manual_seed(0)
+    trunk = Trunk(resnet('resnet18', size=32, width=8), mlp(64, 16), nn.Linear(64, 8), draw=5)
+    e = trunk(torch.rand(3, 3, 32, 32))
+    whole = trunk.patch_projector(e.features.patches)
+    assert e.patches.shape == (3, 5, 8) and whole.shape == (3, 16, 8)
+    assert (torch.isclose(e.patches[:, :, None], whole[:, None], atol=1e-6).all(3).sum(2) == 1).all()
+    assert trunk.eval()(torch.rand(3, 3, 32, 32)).patches.shape == (3, 16, 8)

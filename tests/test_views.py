@@ -103,13 +103,18 @@ def test_jitter_in_any_order_equals_torchvision(size):
         for op in o: im = FNS[op](im, v[op])
         close(y, im, 1e-3)
 
-def test_the_plan_for_a_gpu_gives_the_same(monkeypatch):
+def test_both_plans_of_jitter_give_the_same(monkeypatch):
+    "Images collected by when their hue is turned (small ones, GPU), and by their whole order (large ones)."
     g = gen()
     x, f, order = torch.rand(30, 3, 8, 8, generator=g), torch.rand(30, 4, generator=g)*.8 + torch.tensor([.6, .6, .6, -.4]), torch.rand(30, 4, generator=g).argsort(1)
-    here, plan = V.color_jitter(x, f, order), V._jitter_plan
-    monkeypatch.setattr(V, '_jitter_plan', lambda order, device: plan(order, torch.device('cuda')))
-    assert len(V._jitter_plan(order, x.device)) <= 16 < len(plan(order, x.device))
-    close(V.color_jitter(x, f, order), here, 1e-6)
+    rows = torch.arange(30)[::2]
+    assert len([r for r, _ in V._by_hue(f, order, rows) if len(r)]) <= 4 < len(list(V._by_order(f, order, rows)))
+    for rows in (rows, torch.arange(30)):
+        by_hue = V._color_jitter_(x.clone(), f, order, rows)
+        with monkeypatch.context() as m:
+            m.setattr(V, '_by_hue', V._by_order)
+            close(V._color_jitter_(x.clone(), f, order, rows), by_hue, 2e-6)
+    assert torch.equal(V._color_jitter_(x.clone(), f, order, torch.arange(30)[::2])[1::2], x[1::2])
 
 @pytest.mark.parametrize('size,kernel', [((32, 32), 3), ((40, 29), 23), ((12, 12), 23), ((224, 224), 23)])
 def test_blur_equals_torchvision(size, kernel):
@@ -294,3 +299,27 @@ B = torch.tensor([[0., 0, 4, 4]]*2)
 ])
 def test_bad_input(f, words):
     with pytest.raises(ValueError, match=words): f()
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_workers_stay_and_change_nothing(workers):
+    "Epochs after one another, begun in the middle, left in the middle, and two at once, are those of a new loader."
+    make = lambda: ViewLoader(Stream(12), [V.strong(16), V.weak(12)], 4, workers=workers)
+    def same(a, b):
+        a, b = list(a), list(b)
+        assert len(a) == len(b) > 0
+        for (u, i), (v, j) in zip(a, b): assert torch.equal(i, j) and all(torch.equal(s.x, t.x) and torch.equal(s.box, t.box) for s, t in zip(u, v))
+    loader = make()
+    same(loader.epoch(0), make().epoch(0)); same(loader.epoch(1, start=1), make().epoch(1, start=1))
+    left = loader.epoch(2); next(left); same(loader.epoch(3), make().epoch(3)); left.close()
+    both = list(zip(loader.epoch(4), loader.epoch(5)))
+    same([a for a, _ in both], make().epoch(4)); same([b for _, b in both], make().epoch(5))
+
+@pytest.mark.parametrize('inner', [False, True])
+@pytest.mark.parametrize('size', [8, 40, 96])
+def test_one_large_image_is_cut_as_a_batch_is(inner, size):
+    x = torch.randint(0, 256, (3, 90, 130), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    if inner: x = x.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    for i in range(6):
+        box, flip = V.draw_boxes(V.weak(size), x.shape[-2:], torch.Generator().manual_seed(i), 1)
+        for y in (x, x/255):
+            assert torch.equal(V._crop_one(y, box, size, flip, torch.empty(3, size, size))[None], V._crop_taps(y[None], box, size, flip))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NAMES = ['views', 'sampler', 'step', 'epoch', 'import', 'growth', 'paths', 'gpu']
+NAMES = ['views', 'sampler', 'step', 'epoch', 'import', 'growth', 'memory', 'paths', 'gpu']
 
 @pytest.fixture(scope='module')
 def records(tmp_path_factory):
@@ -29,7 +29,7 @@ def test_record(records, name):
         assert result['seconds'] and all(len(s) == 1 and s[0] > 0 for s in result['seconds'].values())
         for ratio in result['ratios']:
             slow, fast = (result['seconds'][ratio[k]][0] for k in ('slow', 'fast'))
-            assert ratio['low'] == ratio['median'] == ratio['high'] == pytest.approx(slow/fast)
+            assert ratio['low'] == ratio['median'] == ratio['high'] == pytest.approx(slow/fast, rel=1e-3)
 
 def checks(record, words): return [c for c in record['checks'] if words in c['what']]
 
@@ -80,3 +80,9 @@ def test_least(monkeypatch, tmp_path, capsys):
     assert module.main() == 1 and 'asked for' in capsys.readouterr().out
     r = json.loads((tmp_path/'sampler.json').read_text())
     assert (r['settings']['grid'], r['settings']['draws'], r['command']) == (8, 2, 'python scripts/bench.py sampler --small --grid 8 --draws 2 --batch 4 --least 1e9')
+
+def test_memory(records):
+    "Fewer tokens keep less; a method without a moving average or a queue holds none."
+    rows = records['memory']['results'][0]['rows']
+    assert 0 < rows['APS']['kept'] < rows['APS, all tokens']['kept'] and rows['APS']['ema'] == rows['APS']['queue'] == 0
+    assert rows['MoCo v3']['ema'] > 0 == rows['MoCo v3']['queue'] and rows['sce']['queue'] == 4*4096*128

@@ -385,16 +385,21 @@ def growth(a, report):
     def queue(K):
         q, k, old = (F.normalize(torch.randn(n, 128), dim=1) for n in (128, 128, K))
         q.requires_grad_()
+        kept = {}
+        def note(t): kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(); return t
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): loss = info_nce(q, k, old, tau=.1)
+        for t in (q, k, old): kept.pop(t.untyped_storage().data_ptr(), None)
+        del loss
         def work():
             info_nce(q, k, old, tau=.1).backward()
-            return 4*128*(K+1) # the logits
+            return sum(kept.values())
         return work
     def views_(n):
         m = MoCoV3(vit('tiny', 32, 4, 'moco_v3', **net), hidden=256, views=(alpha(32),)*n, pairs=all_pairs(2, n))
         return stepping(m, made(m))
     kinds = {'views: image side, pixels': (making, few(32, 64, 128, 256)), 'ResNet-18 of 16 channels, step: image side, pixels': (sized, few(16, 32, 64, 128)),
              'ViT, step: tokens kept': (tokens, few(16, 32, 64, 128, 256)), 'APS, step: batch': (batches, few(8, 16, 32, 64)),
-             'queue logits: keys': (queue, few(1024, 4096, 16384, 65536)), 'MoCo v3, step: views': (views_, few(2, 3, 4, 6))}
+             'InfoNCE of 128 queries: keys in the queue': (queue, few(1024, 4096, 16384, 65536)), 'MoCo v3, step: views': (views_, few(2, 3, 4, 6))}
     for title, (make, values) in kinds.items():
         g = speed.growth(partial(seeded_value, make), values, rounds=1 if a.small else 3)
         report.add(title, g, growth=g.as_dict())

@@ -64,8 +64,8 @@ def _nce(s, rest): return -F.logsigmoid(s - rest) # softplus(rest - s), exact at
 
 # %% ../nbs/04_losses.ipynb #d943db7b
 def _rows_at_once(columns, device):
-    "Rows of scores in one table: 4 MiB of it on a CPU, 256 MiB elsewhere, and at least 32 rows."
-    return max(32, 2**(20 if device.type == 'cpu' else 26)//columns)
+    "Rows of scores in one table: 16 MiB of it on a CPU, 256 MiB elsewhere, and at least 32 rows."
+    return max(32, 2**(22 if device.type == 'cpu' else 26)//columns)
 
 class _Parts(torch.autograd.Function):
     "Sum of a loss over parts of its rows. The gradient is made on the way, and is all that is kept."

@@ -321,11 +321,13 @@ def _beside_lightly(a, report, source, x, size, stem, width, batch, folder):
         from torchvision.datasets import ImageFolder
         pictures = rivals.Unlabelled(ImageFolder(folder, view)) if hasattr(x, 'train') else rivals.Pictures(x, view)
         for w in ((2,) if hasattr(x, 'train') else a.workers):
-            def work(loader=rivals.data_loader(pictures, batch, w), pair=lightly_moco(exact.method)):
-                for x1, x2 in loader: rivals.train_step(*pair, x1, x2)
-            works[f'lightly float32, {w} workers'] = work
-    theirs = [k for k in works if 'lightly' in k]
-    report.time(f'epoch of MoCo v2, ResNet-18 of {width} channels, {size} px, batch {batch}, {source}', works, [(theirs, [best], None), (theirs, ['ssl_patch float32'], None)], n)
+            for kind in ('float32', 'autocast to bf16'):
+                def work(loader=rivals.data_loader(pictures, batch, w), pair=lightly_moco(exact.method), amp=kind != 'float32'):
+                    for x1, x2 in loader: rivals.train_step(*pair, x1, x2, amp=amp)
+                works[f'lightly {kind}, {w} workers'] = work
+    plain, amp = ([k for k in works if k.startswith(f'lightly {kind}')] for kind in ('float32', 'autocast'))
+    report.time(f'epoch of MoCo v2, ResNet-18 of {width} channels, {size} px, batch {batch}, {source}', works,
+                [(plain, [best], None), (amp, [best], None), (plain, ['ssl_patch float32'], None)], n)
     if hasattr(x, 'train'): phases(report, f'MoCo v2, ResNet-18, {size} px, {source}, 2 workers', chosen, n//batch, 1)
 
 
@@ -648,7 +650,7 @@ def main():
     a = arguments()
     if a.what == 'all' and not a.small: # a process each, so that none finds the caches of another
         words = [w for w in sys.argv[1:] if w != 'all']
-        return max(subprocess.run([sys.executable, __file__, name, *words]).returncode for name in COMMANDS if name != 'gpu')
+        return int(any([subprocess.run([sys.executable, __file__, name, *words]).returncode for name in COMMANDS if name != 'gpu']))
     if a.threads: torch.set_num_threads(a.threads)
     ok = True
     for name in COMMANDS if a.what == 'all' else [a.what]:

@@ -77,7 +77,7 @@ class _Parts(torch.autograd.Function):
             part = x[start:start+n].detach().requires_grad_(ctx.needs_input_grad[2])
             with torch.enable_grad(), saved_tensors_hooks(lambda t: t, lambda t: t): # others' hooks are for what is kept
                 value = loss(slice(start, start+n), part, y)
-                value.backward()
+                with torch.autocast(x.device.type, enabled=False): value.backward() # as outside of a forward pass: in full precision
             total = total + value.detach(); made.append(part.grad)
         ctx.save_for_backward(torch.cat(made) if ctx.needs_input_grad[2] else None, None if y is None else y.grad)
         return total

@@ -143,7 +143,7 @@ def step_work(method, # `Method`; it stays as it is
     if optimizer not in _moves: raise ValueError(f'optimizer must be one of {list(_moves)}, got {optimizer!r}')
     method, when = copy.deepcopy(method), getattr(method.target, 'when', None)
     with torch.random.fork_rng():
-        (loss, _), forward = flops(lambda: method(views, keeps or method.samples(views)[0]))
+        (loss, _), forward = flops(lambda: method(views, keeps or method.samples(views)[0])) # a loss made in parts does its backward here
         _, backward = flops(loss.backward)
     n = sum(p.numel() for p in method.parameters() if p.requires_grad)
     followed = sum(p.numel() for p in method.target.net.parameters()) if method.target else 0
@@ -277,7 +277,7 @@ def profile(run, # a `Pretrainer` that has batches left
             if gpu: _train(run, upcoming, batches, free)
             run.tick()
             return _profile(run, views, clock, free if gpu else clock, _once_in_a_while(run, views) if epoch else {}, rates)
-    finally: run.loader.__dict__.pop('phase', None); run.progress.close()
+    finally: run.loader.__dict__.pop('phase', None); run.loader.close(); run.progress.close()
 
 def _profile(run, views, clock, free, epoch, rates):
     "What the clocks say, beside the bound of a batch."
@@ -301,8 +301,8 @@ def show_phases(profiles:dict, # name -> `Profile`
         for k in rows:
             wide, color = rows[k][0]/all_of_it, plt.cm.tab10(kinds.index(k))
             ax.barh(y, wide, left=x, height=.7, color=color, alpha=.5)
-            ax.barh(y, min(wide, p.bound.get(k, 0)/all_of_it), left=x, height=.25, color=color)
-            if wide > .06: ax.text(x + wide/2, y + .16, f'{100*wide:.0f} %', ha='center', va='bottom', fontsize=7)
+            ax.barh(y + .25, min(wide, p.bound.get(k, 0)/all_of_it), left=x, height=.2, color=color)
+            if wide > .06: ax.text(x + wide/2, y - .08, f'{100*wide:.0f} %', ha='center', va='center', fontsize=7)
             x += wide
     ax.set_yticks(range(len(profiles)), [f'{k}\n{p.images_per_s:,.0f} images/s' for k, p in profiles.items()])
     ax.set(xlim=(0, 1), xticks=[])

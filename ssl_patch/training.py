@@ -50,6 +50,7 @@ class LARS(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             params = sorted((p for p in group['params'] if p.grad is not None), key=lambda p: p.ndim <= 1) # matrices first
+            if not params: continue
             matrices, grads = [p for p in params if p.ndim > 1], [p.grad for p in params]
             if matrices:
                 g = torch._foreach_add(grads[:len(matrices)], matrices, alpha=group['weight_decay'])
@@ -418,7 +419,7 @@ class _Stop:
         raise KeyboardInterrupt(where)
 
     def finish(self):
-        self.progress.close()
+        self.progress.close(); self.loader.close()
         if self.out and self.history:
             self.curves().savefig(self.out/'curves.png', dpi=100)
             save_encoder(self.encoder, self.out/'encoder.safetensors', self.card())

@@ -322,7 +322,7 @@ def gaussian_blur(
     if kernel % 2 != 1 or not 0 < kernel < 2*min(x.shape[-2:]):
         raise ValueError(f'kernel must be odd and below twice the image size {tuple(x.shape[-2:])}, got {kernel}')
     if not (torch.is_tensor(sigma) and sigma.is_cuda):                                      # asking the device would make the host wait
-        kernel = min(kernel, 2*math.ceil(5*torch.as_tensor(sigma).max()) + 1)
+        kernel = min(kernel, 2*math.ceil(5*min(float(torch.as_tensor(sigma).max()), kernel)) + 1)
     j = torch.arange(kernel, device=x.device, dtype=x.dtype) - kernel//2
     k = torch.softmax(-.5*(j/_each(sigma, x, 2))**2, 1)
     return (_blur_taps if x.device.type == 'cpu' else _blur_conv)(x, k)
@@ -629,6 +629,7 @@ class _Cutter(torch.utils.data.Dataset):
         views = [(torch.empty(len(idx), 3, r.size, r.size), torch.empty(len(idx), 4), torch.empty(len(idx), dtype=torch.bool)) for r in self.recipes]
         for n, i in enumerate(idx):
             x, g = self.store[i], generator_for(self.seed, epoch, 'boxes', i)
+            if x.ndim != 3 or len(x) != 3: raise ValueError(f'an image of the data must be (3,H,W), and number {i} is {tuple(x.shape)}')
             for r, (out, boxes, flips) in zip(self.recipes, views):
                 box, flip = draw_boxes(r, x.shape[-2:], g, 1)
                 _crop_one(x, box, r.size, flip, out[n])
@@ -677,10 +678,7 @@ class ViewLoader:
             self.phase('views')
             yield [make_view(x, r, generator_for(self.seed, e, b, i)) for i, r in enumerate(self.recipes)], idx
     def _stream(self, e, start, batches):
-        cuts, self._cuts = self._cuts, None                                                 # the workers of the last epoch, if no other epoch has them
-        if cuts is None:
-            cuts = torch.utils.data.DataLoader(_Cutter(self.store, self.recipes, self.seed), batch_size=None, sampler=[], generator=torch.Generator(),
-                                               num_workers=self.workers, persistent_workers=self.workers > 0, pin_memory=self.device.type == 'cuda')
+        made_of, cuts = self._cutting()
         cuts.sampler[:] = [(e, b) for b in batches.tolist()]
         self.phase('load')
         for b, (idx, crops) in enumerate(cuts, start):
@@ -690,4 +688,15 @@ class ViewLoader:
                 _apply_changes_(v.x, draw_changes(r, len(v), generator_for(self.seed, e, b, i)), r)
             yield views, idx
             self.phase('load')
-        self._cuts = cuts
+        if self.workers: self._cuts = made_of, cuts
+    def _cutting(self):
+        "The workers of the last epoch, if no other epoch has them and they do what is wanted now; or new ones"
+        made_of = id(self.store), tuple(self.recipes), self.seed
+        (was, cuts), self._cuts = self._cuts or (None, None), None
+        if was == made_of: return was, cuts
+        return made_of, torch.utils.data.DataLoader(_Cutter(self.store, tuple(self.recipes), self.seed), batch_size=None, sampler=[], generator=torch.Generator(),
+                                                    num_workers=self.workers, persistent_workers=self.workers > 0, pin_memory=self.device.type == 'cuda')
+    def close(self):
+        "Let workers go; the next epoch starts new ones"
+        self._cuts = None
+    def __getstate__(self): return self.__dict__ | dict(_cuts=None)                         # processes cannot be copied

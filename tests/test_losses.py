@@ -330,3 +330,17 @@ def test_a_gradient_of_a_gradient_is_refused_in_parts(monkeypatch):
     q = unit(torch.Generator().manual_seed(0), 4, 8).requires_grad_()
     g, = torch.autograd.grad(info_nce(q, q.detach().flip(1)), q, create_graph=True)
     with pytest.raises(RuntimeError, match='does not require grad'): g.sum().backward()
+
+
+@pytest.mark.parametrize('loss', [losses.info_nce, losses.ressl, losses.sce, losses.co2])
+@pytest.mark.parametrize('queue', [True, False])
+def test_parts_are_in_full_precision_under_autocast(monkeypatch, loss, queue):
+    "The gradient of a table in parts is made in the forward pass, where autocast is on: it must not be bfloat16 for that."
+    q, k, z = (torch.nn.functional.normalize(torch.randn(n, 16, generator=torch.Generator().manual_seed(n)), dim=1) for n in (24, 24, 40))
+    def grad(rows):
+        monkeypatch.setattr(losses, '_rows_at_once', lambda *_: rows)
+        x = q.clone().requires_grad_()
+        with torch.autocast('cpu', torch.bfloat16): value = loss(x, k, z if queue else None)
+        value.backward()
+        return x.grad
+    torch.testing.assert_close(grad(5), grad(99), rtol=1e-5, atol=1e-7)

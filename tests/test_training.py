@@ -5,7 +5,7 @@ from ssl_patch import training
 from ssl_patch.encoders import mlp, resnet
 from ssl_patch.methods import build_method
 from ssl_patch.towers import Queue
-from ssl_patch.training import Clip, Meter, Pretrainer, collapse, plot_curves, signs
+from ssl_patch.training import LARS, Clip, Meter, Pretrainer, collapse, plot_curves, signs
 
 def same(a, b):
     if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
@@ -357,3 +357,10 @@ def test_an_older_checkpoint_that_does_not_say_its_images_is_resumed(pretrainer,
     data = json.loads(state['identity']['data']); data.pop('images'); state['identity']['data'] = json.dumps(data); state.pop('trained_on')
     torch.save(state, tmp_path/'r'/'checkpoint.pt')
     assert pretrainer(out=tmp_path/'r', resume=True).fit().history[-1]['epoch'] == 4
+
+
+def test_lars_passes_over_groups_without_gradients():
+    a, b = (torch.nn.Parameter(torch.ones(2, 2)) for _ in 'ab')
+    a.grad = torch.ones(2, 2)
+    LARS([dict(params=[a]), dict(params=[b])], lr=1.).step()
+    assert (a != 1).all() and (b == 1).all()

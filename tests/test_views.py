@@ -1,4 +1,5 @@
 "Views against torchvision image by image, reproducibility, resume, bad input"
+import copy, gc, multiprocessing, pickle
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
@@ -313,6 +314,29 @@ def test_workers_stay_and_change_nothing(workers):
     left = loader.epoch(2); next(left); same(loader.epoch(3), make().epoch(3)); left.close()
     both = list(zip(loader.epoch(4), loader.epoch(5)))
     same([a for a, _ in both], make().epoch(4)); same([b for _, b in both], make().epoch(5))
+
+def test_workers_live_on_and_are_let_go():
+    "The same processes in the next epoch; others after `close`, and for other recipes, seeds or data; a loader can be copied all the time."
+    loader = ViewLoader(Stream(12), [V.strong(16)], 4, workers=1)
+    def pids():
+        seen = set()
+        for _ in loader.epoch(0): seen |= {p.pid for p in multiprocessing.active_children()}
+        return seen
+    first = pids()
+    assert len(first) == 1 and pids() == first
+    same = pickle.loads(pickle.dumps(loader)), copy.deepcopy(loader)
+    for other in same: assert torch.equal(next(other.epoch(1))[0][0].x, next(ViewLoader(Stream(12), [V.strong(16)], 4).epoch(1))[0][0].x)
+    del same, other; gc.collect()
+    loader.seed = 1
+    changed, new = next(loader.epoch(0))[0][0], next(ViewLoader(Stream(12), [V.strong(16)], 4, seed=1).epoch(0))[0][0]
+    assert torch.equal(changed.x, new.x) and torch.equal(changed.box, new.box)
+    second = pids()
+    assert not first & second
+    loader.close(); gc.collect()
+    assert not any(p.pid in first | second for p in multiprocessing.active_children())
+
+def test_a_stream_of_other_images_is_refused():
+    with pytest.raises(ValueError, match='number .* is'): next(ViewLoader([torch.zeros(1, 8, 8, dtype=torch.uint8)]*4, [V.weak(4)], 2).epoch(0))
 
 @pytest.mark.parametrize('inner', [False, True])
 @pytest.mark.parametrize('size', [8, 40, 96])

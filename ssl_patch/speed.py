@@ -202,10 +202,13 @@ class Profile:
         "The phases, and what is done once in a while, as if each batch had its part of it."
         return {k: (median(s), min(s), max(s)) for k, s in self.seconds.items()} | {k: (s/n,)*3 for k, (s, n) in self.epoch.items()}
 
+    def parts(self) -> dict: # name -> seconds per batch, the mean: what is slow once counts, as waiting for files does
+        return {k: mean(s) for k, s in self.seconds.items()} | {k: s/n for k, (s, n) in self.epoch.items()}
+
     def share(self, *names) -> float: # 0 to 1
         "The part of all time that these rows take."
-        rows = self.rows()
-        return sum(rows[k][0] for k in names)/sum(r[0] for r in rows.values())
+        parts = self.parts()
+        return sum(parts[k] for k in names)/sum(parts.values())
 
     def table(self) -> Table:
         "A line for each phase; `at least` is the bound in ms, `times` how far above it."
@@ -216,7 +219,7 @@ class Profile:
         steps = f"{self.steps} optimiser step{'s'*(self.steps > 1)}"
         kind = f"{self.images} images and {steps} a batch, {'bfloat16' if self.bf16 else 'float32'}"
         seldom = [f'{k}: {_ms(s)} ms once in {n} batches' for k, (s, n) in self.epoch.items()]
-        return Table('\n'.join([*_grid(['phase', 'ms a batch', 'lowest to highest', 'share', 'at least', 'times'], rows), '',
+        return Table('\n'.join([*_grid(['phase', 'ms a batch', 'lowest to highest', 'share', 'at least, ms', 'times that'], rows), '',
                                 '; '.join([f'{self.name}: {kind}, {self.images_per_s:,.0f} images/s', *seldom])]))
 
     def as_dict(self) -> dict: return asdict(self) | dict(images_per_s=self.images_per_s, median={k: self.median(k) for k in self.seconds})
@@ -264,6 +267,7 @@ def profile(run, # a `Pretrainer` that has batches left
            ) -> Profile: # on a GPU `total` is of as many batches again, without waiting between phases
     "Train on the next batches of a run and tell where their time goes. `ValueError` where it has too few left."
     _positive(batches=batches)
+    if not isinstance(warmup, int) or warmup < 0: raise ValueError(f'warmup must be a whole number of batches, 0 or more, got {warmup!r}')
     gpu, left = torch.device(run.device).type == 'cuda', run.total - run.batches
     need = warmup + batches*(1 + gpu)
     if need > left:
@@ -294,12 +298,12 @@ def show_phases(profiles:dict, # name -> `Profile`
                ):
     "A bar for each profile: the share of each phase, and in it, dark, what it needs at least. Returns the figure."
     import matplotlib.pyplot as plt
-    kinds = list(dict.fromkeys(k for p in profiles.values() for k in p.rows()))
+    kinds = list(dict.fromkeys(k for p in profiles.values() for k in p.parts()))
     fig, ax = plt.subplots(figsize=(7, 1.1 + .45*len(profiles)))
     for y, p in enumerate(profiles.values()):
-        x, rows = 0., p.rows(); all_of_it = sum(r[0] for r in rows.values())
+        x, rows = 0., p.parts(); all_of_it = sum(rows.values())
         for k in rows:
-            wide, color = rows[k][0]/all_of_it, plt.cm.tab10(kinds.index(k))
+            wide, color = rows[k]/all_of_it, plt.cm.tab10(kinds.index(k))
             ax.barh(y, wide, left=x, height=.7, color=color, alpha=.5)
             ax.barh(y + .25, min(wide, p.bound.get(k, 0)/all_of_it), left=x, height=.2, color=color)
             if wide > .06: ax.text(x + wide/2, y - .08, f'{100*wide:.0f} %', ha='center', va='center', fontsize=7)

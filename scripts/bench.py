@@ -282,8 +282,8 @@ def jpegs(folder, n, side, seed=0):
         Image.fromarray(noisy.permute(1, 2, 0).numpy()).save(folder/f'class{i % 2}'/f'{i:05}.jpg', quality=90)
 
 
-def phases(report, title, run, batches, warmup, **more):
-    p = speed.profile(run, batches, warmup, epoch=True, rates=report.rates)
+def phases(report, title, run, batches, warmup, epoch=True, **more):
+    p = speed.profile(run, batches, warmup, epoch, report.rates)
     report.add(f'{title}: phases', p, profile=p.as_dict(), **more)
     return p
 

@@ -2,7 +2,7 @@
 import time
 from pathlib import Path
 import torch
-from ssl_patch import speed
+from bench import one_epoch, phases, trainer
 from ssl_patch.data import images
 from ssl_patch.encoders import resnet, vit
 from ssl_patch.methods import APS, SCE
@@ -31,24 +31,11 @@ class Peak:
     def __exit__(self, *_): self.bytes = torch.cuda.max_memory_allocated(self.device) - self.before if 'cuda' in self.device else 0
 
 
-def run_of(a, method, data, **kw):
-    run = Pretrainer(method, data, **dict(epochs=10_000, device=a.device, knn_every=0, progress='quiet', overlap='keep') | kw)
-    run.begin(run.epochs)
-    return run
-
-
 def compiled(run):
     "torch.compile of both encoders, in place: names of weights stay as they are"
     for e in (run.method.encoder, run.method.target_encoder):
         if e is not None: e.compile()
     return run
-
-
-def whole_epoch(run, at=[0]):
-    def work():
-        at[0] += 1
-        for views, _ in run.loader.epoch(at[0]): run.train_batch(views)
-    return work
 
 
 def sce_resnet(width):
@@ -60,24 +47,18 @@ def sce_resnet(width):
 def _sce(a, report, data):
     width, batch = (16, 64) if a.small else (a.width or 64, a.batch or 512)
     n = len(data.train)//batch*batch
-    runs = {'SCE': run_of(a, sce_resnet(width), data, batch_size=batch)}
-    if not a.no_compile: runs['SCE, compiled'] = compiled(run_of(a, sce_resnet(width), data, batch_size=batch))
+    runs = {'SCE': trainer(sce_resnet(width), data, device=a.device, batch_size=batch)}
+    if not a.no_compile: runs['SCE, compiled'] = compiled(trainer(sce_resnet(width), data, device=a.device, batch_size=batch))
     works = {}
     for name, run in runs.items():
-        try: whole_epoch(run)(); works[name] = whole_epoch(run)
+        try: one_epoch(run)(); works[name] = one_epoch(run)
         except Exception as e: report.note(f'{name} failed: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}')
     title = f'epoch of SCE, ResNet-18 of {width} channels, batch {batch}, {n:,} images of 32 px held on {a.device}, views included'
     t = report.time(title, works, [(['SCE'], ['SCE, compiled'], None)], n, target=20_000)
     best = min(works, key=t.median)
     print(f'   {best}: {n/t.median(best):,.0f} images/s end to end, target 20,000')
-    profile(report, 'SCE, ResNet-18', runs[best], 4 if a.small else 20)
+    phases(report, 'SCE, ResNet-18', runs[best], 4 if a.small else 20, 2, False)
     return best != 'SCE'
-
-
-def profile(report, title, run, batches, **more):
-    p = speed.profile(run, batches, 2, rates=report.rates)
-    report.add(f'{title}: phases', p, profile=p.as_dict(), **more)
-    return p
 
 
 def _aps(a, report, data):
@@ -87,13 +68,13 @@ def _aps(a, report, data):
         if a.small: shape = shape | dict(width=48, depth=2, heads=3)
         def made(**kw):
             torch.manual_seed(0)
-            return run_of(a, APS(vit(size=32, **shape), **kw), data, batch_size=batch)
+            return trainer(APS(vit(size=32, **shape), **kw), data, device=a.device, batch_size=batch)
         run = made()
-        if a.small: profile(report, f'APS, {title}, batch {batch}', run, 2)
+        if a.small: phases(report, f'APS, {title}, batch {batch}', run, 2, 2, False)
         else:
             n = len(run.loader)*batch
-            report.time(f'epoch of APS, {title}, batch {batch}, four draws', {'APS': whole_epoch(run)}, (), n)
-            profile(report, f'APS, {title}, batch {batch}', run, 20)
+            report.time(f'epoch of APS, {title}, batch {batch}, four draws', {'APS': one_epoch(run)}, (), n)
+            phases(report, f'APS, {title}, batch {batch}', run, 20, 2, False)
         del run
         memory = {}
         for name, kw in {'a quarter of the tokens': {}, 'all tokens': dict(patches=None)}.items():
@@ -119,8 +100,8 @@ def _large_views(a, report):
     if a.small: methods = {'APS': APS(vit('small', size, **shape)), 'SCE': SCE(resnet('resnet18', size, width=16), 'imagenet', candidates=1024, hidden=64, out=32)}
     else: methods = {'APS, ViT-Small/16': APS(vit('small', size, **shape)), 'SCE, ResNet-50': SCE(resnet('resnet50', size), 'imagenet')}
     for name, method in methods.items():
-        run = run_of(a, method, data, batch_size=batch)
-        p = profile(report, f'{name}, {size} px, batch {batch}', run, 2 if a.small else 10)
+        run = trainer(method, data, device=a.device, batch_size=batch)
+        p = phases(report, f'{name}, {size} px, batch {batch}', run, 2 if a.small else 10, 2, False)
         share = p.share('load', 'views')
         report.add(f'share of loading and views in all: {name}, {size} px', f'   {100*share:.1f} %, target below 15 %', share=share, target=.15)
 

@@ -5,11 +5,13 @@
 Every configuration is timed in turn, round after round, in one process; a ratio is the median over rounds of (all patches / kept patches) of the
 same round, with the lowest and the highest. Memory is the sum of what autograd keeps for the backward pass, so it does not depend on the device.
 """
-import argparse, json, time
+import argparse, json
+from functools import partial
 from pathlib import Path
 import torch
 from ssl_patch.encoders import vit
 from ssl_patch.methods import APS, MoCoV3, step_cost
+from ssl_patch.speed import in_turn
 from ssl_patch.training import hardware, versions
 from ssl_patch.views import make_view
 
@@ -21,11 +23,8 @@ def rows(encoder):
             'APS, s = 0.25, EMA target': APS(encoder(), momentum=.99), 'MoCo v3': MoCoV3(encoder())}
 
 def one_step(method, opt, views, keeps):
-    begun = time.perf_counter()
     with torch.autocast(views[0].x.device.type, torch.bfloat16): loss, _ = method(views, keeps)
     opt.zero_grad(); loss.backward(); opt.step(); method.after_step()
-    if views[0].x.is_cuda: torch.cuda.synchronize()
-    return time.perf_counter() - begun
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -44,16 +43,11 @@ def main():
         for n, m in methods.items():
             views = [make_view(x, r).to(a.device) for r in m.views]
             work[n] = (m, torch.optim.AdamW(m.parameters(), 1e-4), views, m.samples(views)[0])
-        seconds = {n: [] for n in work}
-        for round in range(a.rounds+1): # the first is a warm-up
-            for n, w in work.items():
-                t = one_step(*w)
-                if round: seconds[n].append(t)
+        t = in_turn({n: partial(one_step, *w) for n, w in work.items()}, a.rounds, a.device)
         table = found['settings'][title] = {}
         for n, (m, _, views, _) in work.items():
-            ratio = sorted(full/t for full, t in zip(seconds['all patches'], seconds[n]))
-            cost = step_cost(m, views)
-            table[n] = dict(**cost, seconds=sorted(seconds[n])[len(ratio)//2], faster=ratio[len(ratio)//2], faster_low=ratio[0], faster_high=ratio[-1])
+            faster, low, high = t.ratio('all patches', n)
+            table[n] = dict(**step_cost(m, views), seconds=t.median(n), faster=faster, faster_low=low, faster_high=high)
         full = table['all patches']['bytes']
         print(f'\n{title}, batch {a.batch_size}')
         for n, c in table.items():

@@ -179,6 +179,19 @@ class Clock:
 
     def batch(self): self(None); self.rows.append(dict.fromkeys(phases, 0.)); self('load') # a batch begins, with loading
 
+# %% ../nbs/09c_speed.ipynb #17f0420a
+def _phase_table(p):
+    "A `Profile` as a table."
+    rows = []
+    for k, (mid, low, high) in p.rows().items():
+        least, spread = p.bound.get(k), f'{_ms(low)} to {_ms(high)}' if k in p.seconds else ''
+        rows.append([k, _ms(mid), spread, f'{100*p.share(k):.1f} %', *([_ms(least), f'{mid/least:.1f}'] if least else ['', ''])])
+    steps = f"{p.steps} optimiser step{'s'*(p.steps > 1)}"
+    kind = f"{p.images} images and {steps} a batch, {'bfloat16' if p.bf16 else 'float32'}"
+    seldom = [f'{k}: {_ms(s)} ms once in {n} batches' for k, (s, n) in p.epoch.items()]
+    return Table('\n'.join([*_grid(['phase', 'ms a batch', 'lowest to highest', 'share', 'at least, ms', 'times that'], rows), '',
+                            '; '.join([f'{p.name}: {kind}, {p.images_per_s:,.0f} images/s', *seldom])]))
+
 # %% ../nbs/09c_speed.ipynb #88d1e2fe
 @dataclass(repr=False)
 class Profile:
@@ -198,30 +211,19 @@ class Profile:
     def images_per_s(self) -> float: return self.images/(self.total + sum(s/n for s, n in self.epoch.values()))
     def median(self, phase:str) -> float: return median(self.seconds[phase]) # seconds per batch
 
-    def rows(self) -> dict: # name -> seconds per batch: median, lowest, highest
+    def parts(self) -> dict: # name -> seconds of each batch
         "The phases, and what is done once in a while, as if each batch had its part of it."
-        return {k: (median(s), min(s), max(s)) for k, s in self.seconds.items()} | {k: (s/n,)*3 for k, (s, n) in self.epoch.items()}
+        return self.seconds | {k: [s/n] for k, (s, n) in self.epoch.items()}
 
-    def parts(self) -> dict: # name -> seconds per batch, the mean: what is slow once counts, as waiting for files does
-        return {k: mean(s) for k, s in self.seconds.items()} | {k: s/n for k, (s, n) in self.epoch.items()}
+    def rows(self) -> dict: return {k: (median(s), min(s), max(s)) for k, s in self.parts().items()} # name -> median, lowest, highest
+    def means(self) -> dict: return {k: mean(s) for k, s in self.parts().items()} # what is slow once counts, as waiting for files does
 
     def share(self, *names) -> float: # 0 to 1
         "The part of all time that these rows take."
-        parts = self.parts()
-        return sum(parts[k] for k in names)/sum(parts.values())
+        means = self.means()
+        return sum(means[k] for k in names)/sum(means.values())
 
-    def table(self) -> Table:
-        "A line for each phase; `at least` is the bound in ms, `times` how far above it."
-        rows = []
-        for k, (mid, low, high) in self.rows().items():
-            least, spread = self.bound.get(k), f'{_ms(low)} to {_ms(high)}' if k in self.seconds else ''
-            rows.append([k, _ms(mid), spread, f'{100*self.share(k):.1f} %', *([_ms(least), f'{mid/least:.1f}'] if least else ['', ''])])
-        steps = f"{self.steps} optimiser step{'s'*(self.steps > 1)}"
-        kind = f"{self.images} images and {steps} a batch, {'bfloat16' if self.bf16 else 'float32'}"
-        seldom = [f'{k}: {_ms(s)} ms once in {n} batches' for k, (s, n) in self.epoch.items()]
-        return Table('\n'.join([*_grid(['phase', 'ms a batch', 'lowest to highest', 'share', 'at least, ms', 'times that'], rows), '',
-                                '; '.join([f'{self.name}: {kind}, {self.images_per_s:,.0f} images/s', *seldom])]))
-
+    def table(self) -> Table: return _phase_table(self) # a line for each phase, with its bound and how far above it
     def as_dict(self) -> dict: return asdict(self) | dict(images_per_s=self.images_per_s, median={k: self.median(k) for k in self.seconds})
     def __repr__(self): return self.table()
     def _repr_markdown_(self): return self.table()
@@ -301,7 +303,7 @@ def show_phases(profiles:dict, # name -> `Profile`
     kinds = list(dict.fromkeys(k for p in profiles.values() for k in p.parts()))
     fig, ax = plt.subplots(figsize=(7, 1.1 + .45*len(profiles)))
     for y, p in enumerate(profiles.values()):
-        x, rows = 0., p.parts(); all_of_it = sum(rows.values())
+        x, rows = 0., p.means(); all_of_it = sum(rows.values())
         for k in rows:
             wide, color = rows[k]/all_of_it, plt.cm.tab10(kinds.index(k))
             ax.barh(y, wide, left=x, height=.7, color=color, alpha=.5)

@@ -1,4 +1,5 @@
 "Everything is read from settings.ini: edit there, not here."
+
 from configparser import ConfigParser
 from pathlib import Path
 import shlex
@@ -6,22 +7,46 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 config = ConfigParser(delimiters=['='])
-config.read(here/'settings.ini', encoding='utf-8')
+config.read(here / 'settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
-statuses = ['1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Production/Stable', '6 - Mature', '7 - Inactive']
+statuses = [
+    '1 - Planning',
+    '2 - Pre-Alpha',
+    '3 - Alpha',
+    '4 - Beta',
+    '5 - Production/Stable',
+    '6 - Mature',
+    '7 - Inactive',
+]
 
 setup(
-    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
-    author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
-    classifiers=['Development Status :: ' + statuses[int(cfg['status'])-1], 'Intended Audience :: ' + cfg['audience'],
-                 'Natural Language :: ' + cfg['language'], 'Programming Language :: Python :: 3'],
-    packages=find_packages(include=[cfg['lib_path'], cfg['lib_path']+'.*']),
+    name=cfg['lib_name'],
+    version=cfg['version'],
+    description=cfg['description'],
+    keywords=cfg['keywords'],
+    author=cfg['author'],
+    author_email=cfg['author_email'],
+    url=cfg['git_url'],
+    license='Apache-2.0',
+    classifiers=[
+        'Development Status :: ' + statuses[int(cfg['status']) - 1],
+        'Intended Audience :: ' + cfg['audience'],
+        'Natural Language :: ' + cfg['language'],
+        'Programming Language :: Python :: 3',
+    ],
+    packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
     package_data={cfg['lib_path']: ['py.typed']},
     python_requires='>=' + cfg['min_python'],
     install_requires=shlex.split(cfg['requirements']),
-    extras_require={k: shlex.split(cfg[f'{k}_requirements']) for k in ('demo', 'eval', 'video', 'bench', 'docs', 'dev')},
-    long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+    extras_require={
+        k: shlex.split(cfg[f'{k}_requirements'])
+        for k in ('demo', 'eval', 'video', 'bench', 'docs', 'dev')
+    },
+    long_description=(here / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
     zip_safe=False,
-    entry_points={'console_scripts': shlex.split(cfg['console_scripts']),
-                  'nbdev': [f'{cfg["lib_path"]}={cfg["lib_path"]}._modidx:d']},
+    entry_points={
+        'console_scripts': shlex.split(cfg['console_scripts']),
+        'nbdev': [f'{cfg["lib_path"]}={cfg["lib_path"]}._modidx:d'],
+    },
 )

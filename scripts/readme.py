@@ -1,35 +1,77 @@
-"Write README.md from nbs/index.ipynb: markdown cells as they are, shown code as code, pictures of outputs as files beside the notebook."
-import base64, json, re
+"""Write README.md from nbs/index.ipynb: markdown cells as they are, shown code as code, pictures of
+outputs as files beside the notebook."""
+
+import base64
+import json
+import re
 from pathlib import Path
 
-root = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent
+NBS = ROOT / 'nbs'
+LINE = '<!-- Written by scripts/readme.py from nbs/index.ipynb: edit there. -->'
+
 
 def merged(outputs):
     "Printed lines that a kernel sent in several pieces, in one."
     out = []
     for o in outputs:
-        if out and o.get('output_type') == out[-1].get('output_type') == 'stream': out[-1] = {**o, 'text': [*out[-1]['text'], *o['text']]}
-        else: out.append(o)
+        if out and o.get('output_type') == out[-1].get('output_type') == 'stream':
+            out[-1] = {**o, 'text': [*out[-1]['text'], *o['text']]}
+        else:
+            out.append(o)
     return out
 
-def cell_text(i, c):
-    src = ''.join(c['source'])
-    if c['cell_type'] == 'markdown': return re.sub(r'\]\((?!http|#|\.\./)([\w/]+\.ipynb)', r'](nbs/\1', src).replace('](../', '](')
-    if src.startswith('#| hide'): return ''
-    parts = ['```python\n' + re.sub(r'^#\|.*\n', '', src, flags=re.M).strip() + '\n```'] if src and '#| echo: false' not in src else []
-    for o in merged(c.get('outputs', [])):
-        data = o.get('data', {})
-        if 'image/png' in data:
-            path = root/'nbs'/'images'/f'index_{i}.png'; path.parent.mkdir(exist_ok=True)
-            png = base64.b64decode(''.join(data['image/png']))
-            if not path.exists() or path.read_bytes() != png: path.write_bytes(png)
-            parts.append(f'![](nbs/images/{path.name})')
-        elif 'text/markdown' in data: parts.append(''.join(data['text/markdown']))
-        elif 'text/plain' in data: parts.append('```\n' + ''.join(data['text/plain']) + '\n```')
-        elif o.get('output_type') == 'stream': parts.append('```\n' + ''.join(o['text']).rstrip() + '\n```')
-    return '\n\n'.join(parts)
 
-cells = json.loads((root/'nbs'/'index.ipynb').read_text())['cells']
-text = '\n\n'.join(t for i, c in enumerate(cells) if (t := cell_text(i, c)))
-head, _, rest = text.partition('\n')
-(root/'README.md').write_text(f'{head}\n\n<!-- Written by scripts/readme.py from nbs/index.ipynb: edit there. -->\n{rest}\n')
+def from_the_root(text):
+    "Links to notebooks as they are from the folder above."
+    down = re.sub(r'\]\((?!http|#|\.\./)([\w/]+\.ipynb)', r'](nbs/\1', text)
+    return down.replace('](../', '](')
+
+
+def picture(number, png):
+    "A picture as a file, written only where it has changed."
+    path = NBS / 'images' / f'index_{number}.png'
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists() or path.read_bytes() != png:
+        path.write_bytes(png)
+    return f'![](nbs/images/{path.name})'
+
+
+def output_text(number, output):
+    data = output.get('data', {})
+    if 'image/png' in data:
+        return picture(number, base64.b64decode(''.join(data['image/png'])))
+    if 'text/markdown' in data:
+        return from_the_root(''.join(data['text/markdown']))
+    if 'text/plain' in data:
+        return '```\n' + ''.join(data['text/plain']) + '\n```'
+    if output.get('output_type') == 'stream':
+        return '```\n' + ''.join(output['text']).rstrip() + '\n```'
+
+
+def cell_text(number, cell):
+    source = ''.join(cell['source'])
+    if cell['cell_type'] == 'markdown':
+        return from_the_root(source)
+    if source.startswith('#| hide'):
+        return ''
+    parts = [output_text(number, o) for o in merged(cell.get('outputs', []))]
+    if source and '#| echo: false' not in source:
+        code = re.sub(r'^#\|.*\n', '', source, flags=re.M).strip()
+        parts.insert(0, f'```python\n{code}\n```')
+    return '\n\n'.join(filter(None, parts))
+
+
+def main():
+    cells = json.loads((NBS / 'index.ipynb').read_text())['cells']
+    texts = (cell_text(i, c) for i, c in enumerate(cells))
+    head, _, rest = '\n\n'.join(filter(None, texts)).partition('\n')
+    text = f'{head}\n\n{LINE}\n{rest}\n'
+    (ROOT / 'README.md').write_text(text)
+    for path in (NBS / 'images').glob('index_*.png'):
+        if path.name not in text:  # of a cell that is gone
+            path.unlink()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,306 +1,522 @@
-"The patch family: methods against slow loops over the formulas, which tensors learn, what composes, what is refused."
+"""Papers that compare patches: their steps against slow loops over the formulas, which tensors
+learn, what composes, what is refused."""
+
 import math
 from functools import partial
-import pytest, torch
-from ssl_patch.data import images
-from ssl_patch.encoders import Features, pool_cells, resnet, vit
-from ssl_patch.losses import info_nce
-from ssl_patch.methods import (APS, CO2, SCE, DenseCL, LocalToGlobal, MoCoV1, MoCoV2, MoCoV3, ReSSL, RepCo, aps_settings, build_method,
-                               densecl_settings, local_to_global_settings, unit)
-from ssl_patch.patches import asymmetric, repco_pairs
-from ssl_patch.terms import Dense, Term, global_term, match_term, repco_term
-from ssl_patch.towers import Queue
-from ssl_patch.training import Pretrainer
-from ssl_patch.views import make_view
+import pytest
+import torch
+from torch import nn
+from steps import draw, said, tiny_resnet, tiny_vit
+from ssl_patch.data.sources import images
+from ssl_patch.methods.aps import APS, AsymmetricPatchSampler, aps_configs
+from ssl_patch.methods.branches import l2_normalize
+from ssl_patch.methods.co2 import CO2
+from ssl_patch.methods.compose import build_method
+from ssl_patch.methods.contrast import InfoNCELoss, info_nce
+from ssl_patch.methods.densecl import DenseCL, DenseCLLoss, densecl_configs
+from ssl_patch.methods.local_to_global import LocalToGlobal, LocalToGlobalLoss
+from ssl_patch.methods.local_to_global import local_to_global_configs
+from ssl_patch.methods.moco import MoCoV1, MoCoV2, MoCoV3
+from ssl_patch.methods.patch_loss import PatchLosses, ViewOutputs
+from ssl_patch.methods.repco import RepCo, RepCoLoss, repco_pairs
+from ssl_patch.methods.ressl import ReSSL
+from ssl_patch.methods.sce import SCE
+from ssl_patch.models.encoders import resnet, vit
+from ssl_patch.models.interface import Features, pool_patches
+from ssl_patch.models.heads import Projections, per_patch
+from ssl_patch.training.pretrain import Pretrainer
+from ssl_patch.views.augmentations import make_view
+from ssl_patch.views.crops import View
+
+SMALL = dict(hidden=32, out=16)
+both_kinds = pytest.mark.parametrize('kind', ['vit', 'resnet'])
+
 
 def net(kind, size=16):
-    torch.manual_seed(0)
-    return vit(size=size, patch=4, width=32, depth=2, heads=2) if kind == 'vit' else resnet('resnet18', size, width=8, cells='layer3')
+    return tiny_vit(size) if kind == 'vit' else tiny_resnet(size, feature_layer='layer3')
 
-def batch(method, n=8, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randint(0, 256, (n, 3, 20, 20), generator=g, dtype=torch.uint8)
-    views = [make_view(x, r, g) for r in method.views]
-    return views, method.samples(views, g)
 
-def towers(m, views, seed=1):
-    "Loss and log, and what both towers say of every view, in one random order of the keys."
-    m.eval() # batch-norm and EMA stand still, keys are not shuffled
-    return m(views, progress=.5), [m.trunk(v.x) for v in views], [(m.target or m.trunk)(v.x) for v in views]
+# ---- against the formulas
 
-def slow_nce(positive, negatives, tau): # one row
-    s = torch.stack([positive, *negatives])/tau
+
+def looked_at(m, views):
+    "Loss and log, and what both towers make of every view."
+    m.eval()  # batch-norm and key encoder stand still, keys are not shuffled
+    slow = m.key_encoder or m.tower
+    return m(views, progress=0.5), [m.tower(v.x) for v in views], [slow(v.x) for v in views]
+
+
+def slow_nce(positive, negatives, tau):  # one row
+    s = torch.stack([positive, *negatives]) / tau
     return s.logsumexp(0) - s[0]
 
-@pytest.mark.parametrize('kind', ['vit', 'resnet'])
+
+def nearest(features_q, features_k, i):
+    "The patch of the other view that is most similar to patch i, on a tie the first."
+    similar = [round((features_q[i] @ f).item(), 6) for f in features_k]
+    return max(range(len(similar)), key=similar.__getitem__)
+
+
+@both_kinds
 def test_densecl_is_its_formula(kind):
-    m = DenseCL(net(kind, 32), candidates=Queue(12), lam=.3); m.patch_queue.fit_to(100, 8)
-    views = batch(m)[0]
-    (loss, log), e, t = towers(m, views)
-    q, k, r, u, K2 = unit(e[0].image), unit(t[1].image), unit(e[0].patches), unit(t[1].patches), m.patch_queue.keys
-    L_g = torch.stack([slow_nce(q[b] @ k[b], m.queue.keys @ q[b], .1) for b in range(8)]).mean()
+    m = DenseCL(net(kind, 32), queue=12, lam=0.3)
+    views, _ = draw(m)
+    (loss, log), fast, slow = looked_at(m, views)
+    q, k = l2_normalize(fast[0].image), l2_normalize(slow[1].image)
+    r, u = l2_normalize(fast[0].patches), l2_normalize(slow[1].patches)
+    older, means = m.queue.keys, m.patch_queue.keys
+    image = torch.stack([slow_nce(q[b] @ k[b], older @ q[b], 0.1) for b in range(8)]).mean()
     dense = []
     for b in range(8):
-        Fq, Fk = unit(e[0].features.patches[b]), unit(t[1].features.patches[b])
+        features = (l2_normalize(p.features.patches[b]) for p in (fast[0], slow[1]))
+        features_q, features_k = features
         for i in range(r.shape[1]):
-            c = max(range(len(Fk)), key=lambda j: round((Fq[i] @ Fk[j]).item(), 6))
-            dense.append(slow_nce(r[b, i] @ u[b, c], K2 @ r[b, i], .1))
-    L_d = torch.stack(dense).mean()
-    assert loss.item() == pytest.approx((.7*L_g + .3*L_d).item(), abs=1e-4)
-    assert log['image'].item() == pytest.approx(L_g.item(), abs=1e-4) and log['patch'].item() == pytest.approx(L_d.item(), abs=1e-4)
-    assert torch.allclose(m.fresh[-1], unit(t[1].patches.mean(1)), atol=1e-5) # the mean of projections that are not normalised
+            c = nearest(features_q, features_k, i)
+            dense.append(slow_nce(r[b, i] @ u[b, c], means @ r[b, i], 0.1))
+    patch = torch.stack(dense).mean()
+    assert loss.item() == pytest.approx((0.7 * image + 0.3 * patch).item(), abs=1e-4)
+    assert log['image_loss'].item() == pytest.approx(image.item(), abs=1e-4)
+    assert log['patch_loss'].item() == pytest.approx(patch.item(), abs=1e-4)
+    # the mean of projections that are not normalised
+    mean = l2_normalize(slow[1].patches.mean(1))
+    assert torch.allclose(m.pending_keys[-1], mean, atol=1e-5)
 
-@pytest.mark.parametrize('kind', ['vit', 'resnet'])
+
+def slow_local_to_global(a, local):
+    "Each image vector against its own patches, with those of other images as negatives."
+    rows = []
+    for b in range(len(a)):
+        negatives = torch.cat([local[c] @ a[b] for c in range(len(a)) if c != b])
+        rows += [slow_nce(a[b] @ patch, negatives, 0.2) for patch in local[b]]
+    return torch.stack(rows).mean()
+
+
+@both_kinds
 def test_local_to_global_is_its_formula(kind):
-    m = LocalToGlobal(net(kind), hidden=32, out=16, reverse=.5, image=.25)
-    views = batch(m)[0]
-    (loss, log), e, t = towers(m, views)
-    from ssl_patch.towers import each_patch
-    g, l = [unit(m.predictor(x.image)) for x in e], [unit(each_patch(m.patch_predictor, x.patches)) for x in e]
-    g_, l_ = [unit(x.image) for x in t], [unit(x.patches) for x in t]
-    def G(a, local): return torch.stack([slow_nce(a[b] @ local[b, i], torch.cat([local[c] @ a[b] for c in range(8) if c != b]), .2)
-                                         for b in range(8) for i in range(local.shape[1])]).mean()
-    def R(local, a): return torch.stack([slow_nce(local[b, i] @ a[b], [local[b, i] @ a[c] for c in range(8) if c != b], .2)
-                                         for b in range(8) for i in range(local.shape[1])]).mean()
-    both = ((0, 1), (1, 0))
-    patch = sum(.5*G(g_[w], l[v]) + .5*G(g[w], l_[v]) + .5*R(l[v], g_[w]) for v, w in both)/2
-    moco_v3 = 2*.2*sum(info_nce(g[v], g_[w], tau=.2) for v, w in both)
-    assert loss.item() == pytest.approx((patch + .25*moco_v3).item(), abs=1e-3) and log['patch'].item() == pytest.approx(patch.item(), abs=1e-3)
+    m = LocalToGlobal(net(kind), image_weight=0.25, **SMALL)
+    views, _ = draw(m)
+    (loss, log), fast, slow = looked_at(m, views)
+    image = [l2_normalize(m.predictor(p.image)) for p in fast]
+    local = [l2_normalize(per_patch(m.patch_predictor, p.patches)) for p in fast]
+    image_k, local_k = ([l2_normalize(x) for x in side] for side in zip(*map(parts, slow)))
+    patch, moco_v3 = 0.0, 0.0
+    for v, w in ((0, 1), (1, 0)):
+        patch += slow_local_to_global(image_k[w], local[v]) / 2
+        patch += slow_local_to_global(image[w], local_k[v]) / 2
+        moco_v3 += 2 * 0.2 * info_nce(image[v], image_k[w], tau=0.2)
+    patch = patch / 2
+    assert loss.item() == pytest.approx((patch + 0.25 * moco_v3).item(), abs=1e-3)
+    assert log['patch_loss'].item() == pytest.approx(patch.item(), abs=1e-3)
 
-@pytest.mark.parametrize('kind', ['vit', 'resnet'])
-@pytest.mark.parametrize('source', ['target', 'online'])
-def test_repco_is_its_formula(kind, source):
-    m = RepCo(net(kind, 32), candidates=Queue(12), lam=.25, beta=2., source=source); m.patch_queue.fit_to(100, 8)
-    views = batch(m)[0]
-    (loss, log), e, t = towers(m, views)
-    partner = t[0] if source == 'target' else e[0]
-    r, u, K2 = unit(e[0].patches), unit(partner.patches), m.patch_queue.keys
-    p = repco_pairs(partner.features.patches, partner.features.grid)
+
+def parts(p):
+    return p.image, p.patches
+
+
+@both_kinds
+def test_repco_is_its_formula(kind):
+    m = RepCo(net(kind, 32), queue=12, lam=0.25, beta=2.0)
+    views, _ = draw(m)
+    (loss, log), fast, slow = looked_at(m, views)
+    r, u = l2_normalize(fast[0].patches), l2_normalize(slow[0].patches)
+    means = m.patch_queue.keys
+    p = repco_pairs(slow[0].features.patches, slow[0].features.grid)
     plus, minus = [], []
     for b in range(8):
         for i in range(r.shape[1]):
-            if p.pos_ok[b, i]: plus.append(slow_nce(r[b, i] @ u[b, p.pos[b, i]], K2 @ r[b, i], .2))
-            gaps = [(r[b, i] @ u[b, j] - r[b, i] @ u[b, i])/.2 for j, ok in zip(p.neg[b, i], p.neg_ok[b, i]) if ok]
-            if gaps: minus.append(torch.log(1 + torch.stack(gaps).exp().sum()))
-    expected = torch.stack(plus).mean() + 2*torch.stack(minus).mean()
-    assert log['patch'].item() == pytest.approx(expected.item(), abs=1e-4)
-    assert loss.item() == pytest.approx((.75*log['image'] + .25*expected).item(), abs=1e-4)
+            if p.pos_ok[b, i]:
+                plus.append(slow_nce(r[b, i] @ u[b, p.pos[b, i]], means @ r[b, i], 0.2))
+            found = [j for j, ok in zip(p.neg[b, i], p.neg_ok[b, i]) if ok]
+            gaps = [(r[b, i] @ u[b, j] - r[b, i] @ u[b, i]) / 0.2 for j in found]
+            if gaps:
+                minus.append(torch.log(1 + torch.stack(gaps).exp().sum()))
+    expected = torch.stack(plus).mean() + 2 * torch.stack(minus).mean()
+    assert log['patch_loss'].item() == pytest.approx(expected.item(), abs=1e-4)
+    total = 0.75 * log['image_loss'] + 0.25 * expected
+    assert loss.item() == pytest.approx(total.item(), abs=1e-4)
 
-def test_repco_from_the_other_crop_respects_boxes_and_flips():
-    "The same crop twice, mirrored once: partners looked up in the other crop are those of the mirror image."
-    m = RepCo(net('vit', 32), candidates=Queue(12), source='other').eval()
-    views = batch(m)[0]
-    a = views[0]
-    mirrored = type(a)(a.x.flip(3), a.box, ~a.flip)
-    t = m.target(mirrored.x)
-    e = m.trunk(a.x)
-    rows, cols = t.features.grid
-    back = torch.arange(rows*cols).view(rows, cols).flip(1).flatten() # where a cell of view a is in its mirror image
-    p = repco_pairs(t.features.patches, t.features.grid)
-    r, u = unit(e.patches), unit(t.patches)
-    plus = [slow_nce(r[b, i] @ u[b, p.pos[b, back[i]]], m.patch_queue.keys @ r[b, i], .2) for b in range(8) for i in range(rows*cols) if p.pos_ok[b, back[i]]]
-    assert m.dense.terms[0].beta == 1. and m.need['target'] == {1}
-    (_, log), no_minus = m([a, mirrored], progress=.5), RepCo(net('vit', 32), candidates=Queue(12), source='other', beta=0.).eval()
-    no_minus.load_state_dict(m.state_dict())
-    assert no_minus([a, mirrored], progress=.5)[1]['patch'].item() == pytest.approx(torch.stack(plus).mean().item(), abs=1e-4)
-    assert log['patch'] > no_minus([a, mirrored], progress=.5)[1]['patch']
 
-TERMS = dict(match=match_term(), repco=repco_term(), l2g=global_term(tokens=4), all=(match_term(), repco_term(), global_term()))
-HOSTS = dict(moco_v1=MoCoV1, moco_v2=MoCoV2, moco_v3=partial(MoCoV3, hidden=32, out=16), ressl=ReSSL, co2=CO2, sce=SCE,
-             sce_symmetric=partial(SCE, symmetric=True, hidden=32, out=16), aps_all=partial(APS, patches=None, hidden=32, out=16))
+# ---- what composes
 
-@pytest.mark.parametrize('kind', ['vit', 'resnet'])
-@pytest.mark.parametrize('term', TERMS)
+LOSSES = dict(
+    densecl=DenseCLLoss(),
+    repco=RepCoLoss(),
+    local_to_global=LocalToGlobalLoss(num_patches=4),
+    all=(DenseCLLoss(), RepCoLoss(), LocalToGlobalLoss()),
+)
+HOSTS = dict(
+    moco_v1=MoCoV1,
+    moco_v2=MoCoV2,
+    moco_v3=partial(MoCoV3, **SMALL),
+    ressl=ReSSL,
+    co2=CO2,
+    sce=SCE,
+    sce_symmetric=partial(SCE, symmetric=True, **SMALL),
+    aps_all=partial(APS, patch_sampler=None, **SMALL),
+)
+
+
+@both_kinds
+@pytest.mark.parametrize('losses', LOSSES)
 @pytest.mark.parametrize('host', HOSTS)
-def test_every_term_on_every_host(host, term, kind):
-    "A few steps: every part of the online tower that the terms use learns, the target gets no gradient, both queues fill, the sum is the loss."
-    m = HOSTS[host](net(kind), dense=Dense(TERMS[term], candidates=None if term == 'l2g' else 40))
-    if m.queue: m.queue.fit_to(400, 16)
-    opt, parts = torch.optim.SGD(m.parameters(), .02), {}
+def test_every_patch_loss_on_every_host(host, losses, kind):
+    """A few steps: every part of the tower that the losses use learns, the key encoder gets no
+    gradient, both queues fill, the sum is the loss."""
+    queue = None if losses == 'local_to_global' else 40
+    m = HOSTS[host](net(kind), patch_loss=PatchLosses(LOSSES[losses], queue=queue))
+    if m.queue:
+        m.queue.set_data_size(400, 16)
+    optimizer, gradients = torch.optim.SGD(m.parameters(), 0.02), {}
     for step in range(2):
-        loss, log = m(batch(m, 16, step)[0], progress=.5); opt.zero_grad(); loss.backward()
-        for n, p in m.named_parameters(): parts[n] = parts.get(n, 0.) + (0. if p.grad is None else p.grad.abs().sum().item())
-        assert torch.isfinite(loss) and loss.item() == pytest.approx((m.weight*len(m.pairs)*(.5*log['image'] + .5*log['patch'])).item(), rel=1e-4)
-        opt.step(); m.after_step()
-    frozen = {n for n, p in m.named_parameters() if not p.requires_grad}
-    assert all((g > 0) == (n not in frozen) for n, g in parts.items() if not n.endswith('pos_embed')), [n for n, g in parts.items() if (g > 0) != (n not in frozen)]
-    assert all(n.startswith('target') for n in frozen)
-    if m.patch_queue: assert m.patch_queue.next == 2*len(m.fresh[-1]) % 40 and torch.equal(m.patch_queue.keys[:len(m.fresh[-1])].norm(dim=1).round(decimals=4), torch.ones(len(m.fresh[-1])))
+        loss, log = m(draw(m, 16, step)[0], progress=0.5)
+        optimizer.zero_grad()
+        loss.backward()
+        for name, p in m.named_parameters():
+            size = 0.0 if p.grad is None else p.grad.abs().sum().item()
+            gradients[name] = gradients.get(name, 0.0) + size
+        both = 0.5 * log['image_loss'] + 0.5 * log['patch_loss']
+        expected = m.loss_scale * len(m.view_pairs) * both
+        assert torch.isfinite(loss) and loss.item() == pytest.approx(expected.item(), rel=1e-4)
+        optimizer.step()
+        m.after_step()
+    frozen = {name for name, p in m.named_parameters() if not p.requires_grad}
+    assert all(name.startswith('key_encoder') for name in frozen)
+    for name, size in gradients.items():
+        assert name.endswith('pos_embed') or (size > 0) == (name not in frozen), name
+    if m.patch_queue:
+        n = len(m.pending_keys[-1])
+        lengths = m.patch_queue.keys[:n].norm(dim=1)
+        assert m.patch_queue.next == 2 * n % 40
+        assert torch.allclose(lengths, torch.ones(n), atol=1e-4)
 
-@pytest.mark.parametrize('terms', [match_term(), global_term(), global_term(online='both'), (match_term(), global_term(reverse=1.))])
+
+@pytest.mark.parametrize(
+    'losses',
+    [
+        DenseCLLoss(),
+        LocalToGlobalLoss(),
+        LocalToGlobalLoss(num_patches=5),
+        (DenseCLLoss(), LocalToGlobalLoss()),
+    ],
+)
 @pytest.mark.parametrize('host', [*HOSTS, 'aps', 'aps_ema'])
-def test_terms_on_sparse_tokens(host, terms):
-    "APS tokens: terms that need no grid work on the patches that were kept."
-    make = dict(aps=APS, aps_ema=partial(APS, momentum=.99)).get(host) or partial(HOSTS[host], patches=asymmetric())
-    m = make(net('vit', 32), dense=Dense(terms, .5))
-    if m.queue: m.queue.fit_to(400, 16)
-    views, samples = batch(m)
-    assert len(samples) == 4
-    loss, log = m(views, samples[0], .5); loss.backward()
-    assert torch.isfinite(loss) and m.trunk.patch_projector[0].weight.grad.abs().sum() > 0
-    assert m.trunk(views[0].x, samples[0][0]).patches.shape[1] == 16
-    with pytest.raises(ValueError, match='repco_term needs the whole grid'): make(net('vit', 32), dense=repco_term())
+def test_patch_losses_on_sparse_patches(host, losses):
+    "Losses that need no grid work on the patches that were kept."
+    sparse = dict(aps=APS, aps_ema=partial(APS, momentum=0.99))
+    make = sparse.get(host) or partial(HOSTS[host], patch_sampler=AsymmetricPatchSampler())
+    m = make(net('vit', 32), patch_loss=PatchLosses(losses, 0.5))
+    if m.queue:
+        m.queue.set_data_size(400, 16)
+    views, draws = draw(m)
+    assert len(draws) == 4
+    loss, log = m(views, draws[0], 0.5)
+    loss.backward()
+    assert torch.isfinite(loss) and m.tower.patch_projector[0].weight.grad.abs().sum() > 0
+    few = getattr(losses, 'num_patches', None)
+    assert m.tower(views[0].x, draws[0][0]).patches.shape[1] == (few or 16)
+    words = ['patch_sampler must be None with RepCoLoss', 'needs all patches', 'got Asymmetric']
+    assert said(lambda: make(net('vit', 32), patch_loss=RepCoLoss()), words)
 
-def test_multi_crop_takes_a_patch_term():
-    m = SCE(net('resnet', 32), crops=True, hidden=32, out=16, candidates=Queue(40), dense=match_term())
-    loss, log = m(batch(m)[0]); loss.backward()
-    assert torch.isfinite(loss) and m.trunk.patch_projector[0].weight.grad.abs().sum() > 0 and len(m.pairs) == 10
 
-@pytest.mark.parametrize('online, learns', [('each', (True, True)), ('local', (False, True)), ('anchor', (True, False)), ('both', (True, True))])
-def test_which_side_of_local_to_global_learns(online, learns):
-    m = LocalToGlobal(net('vit'), online=online, hidden=32, out=16)
-    loss, _ = m(batch(m)[0]); loss.backward()
-    heads = m.predictor[0].weight.grad, m.patch_predictor[0].weight.grad
-    assert tuple(g is not None and g.abs().sum().item() > 0 for g in heads) == learns
-    assert (m.target is None) == (online == 'both')
+def test_multi_crop_takes_a_patch_loss():
+    m = SCE(net('resnet', 32), multi_crop=True, queue=40, patch_loss=DenseCLLoss(), **SMALL)
+    loss, log = m(draw(m)[0])
+    loss.backward()
+    assert torch.isfinite(loss) and len(m.view_pairs) == 10
+    assert m.tower.patch_projector[0].weight.grad.abs().sum() > 0
 
-def test_warm_up_is_the_host_alone():
-    m = RepCo(net('resnet'), candidates=Queue(40), warmup=.1); m.patch_queue.fit_to(100, 8)
-    host = MoCoV2(net('resnet'), candidates=Queue(40)); host.trunk.projector.load_state_dict(m.trunk.projector.state_dict()); host.target.net.load_state_dict(
-        {k: v for k, v in m.target.net.state_dict().items() if not k.startswith('patch_projector')})
-    views = batch(m)[0]
-    m.eval(), host.eval()
-    m(views, progress=.05)[0].backward()
-    assert all(p.grad is None for p in m.trunk.patch_projector.parameters())
-    assert m(views, progress=.05)[0].item() == pytest.approx(host(views)[0].item(), abs=1e-5)
-    assert abs(m(views, progress=.2)[0].item() - host(views)[0].item()) > 1e-3
 
-@pytest.mark.parametrize('make', [partial(RepCo, host='moco_v2'), partial(RepCo, host='densecl'), partial(RepCo, host='moco_v3', hidden=32, out=16),
-                                  partial(RepCo, gap=.1), partial(RepCo, joint=True), partial(RepCo, positives=3), partial(RepCo, source='other', joint=True, positives=2),
-                                  partial(RepCo, host='moco_v3', hidden=32, out=16, source='other'), partial(DenseCL, symmetric=True), partial(DenseCL, pool=2)])
-@pytest.mark.parametrize('kind', ['vit', 'resnet'])
-def test_every_reading_trains(make, kind):
-    e = net(kind, 32)
-    m = make(e)
-    m.fit_to(400, 16)
-    opt, losses = torch.optim.SGD(m.parameters(), .05), []
-    views = batch(m, 16)[0]
-    for _ in range(3): loss, _ = m(views, progress=.5); opt.zero_grad(); loss.backward(); opt.step(); m.after_step(.5); losses.append(loss.item())
-    assert all(math.isfinite(l) for l in losses) and m.trunk.patch_projector[0].weight.grad.abs().sum() > 0
+def test_both_sides_of_local_to_global_learn():
+    "Image vectors and patches are queries in turn, so all four heads learn."
+    m = LocalToGlobal(net('vit'), **SMALL)
+    assert m.views_to_see == dict(query=[0, 1], key=[0, 1])
+    loss, _ = m(draw(m)[0])
+    loss.backward()
+    for head in (m.predictor, m.patch_predictor, m.tower.projector, m.tower.patch_projector):
+        assert head[0].weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in m.key_encoder.parameters())
+
+
+def test_before_its_start_a_patch_loss_is_the_host_alone():
+    m = RepCo(net('resnet'), queue=40, start_fraction=0.1)
+    host = MoCoV2(net('resnet'), queue=40)
+    host.tower.projector.load_state_dict(m.tower.projector.state_dict())
+    slow = m.key_encoder.net.state_dict()
+    slow = {k: v for k, v in slow.items() if not k.startswith('patch_projector')}
+    host.key_encoder.net.load_state_dict(slow)
+    views, _ = draw(m)
+    m.eval()
+    host.eval()
+    m(views, progress=0.05)[0].backward()
+    assert all(p.grad is None for p in m.tower.patch_projector.parameters())
+    alone = host(views)[0].item()
+    assert m(views, progress=0.05)[0].item() == pytest.approx(alone, abs=1e-5)
+    assert abs(m(views, progress=0.2)[0].item() - alone) > 1e-3
+
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        partial(RepCo, host='moco_v2'),
+        partial(RepCo, host='densecl'),
+        partial(RepCo, host='moco_v3', **SMALL),
+        partial(RepCo, host='moco_v3', negatives_per_image=3, **SMALL),
+        partial(RepCo, beta=0.0),
+        partial(RepCo, min_distance=3, positive_fraction=1.0, num_negatives=8, quantile=0.9),
+        partial(DenseCL, symmetric=True),
+        partial(DenseCL, pool=2),
+        partial(LocalToGlobal, num_patches=3, **SMALL),
+        partial(LocalToGlobal, pool=2, image_weight=0.5, **SMALL),
+    ],
+)
+@both_kinds
+def test_every_option_trains(make, kind):
+    m = make(net(kind, 32))
+    m.set_data_size(400, 16)
+    optimizer, losses = torch.optim.SGD(m.parameters(), 0.05), []
+    views, _ = draw(m, 16)
+    for _ in range(3):
+        loss, _ = m(views, progress=0.5)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        m.after_step(0.5)
+        losses.append(loss.item())
+    assert all(math.isfinite(x) for x in losses)
+    assert m.tower.patch_projector[0].weight.grad.abs().sum() > 0
+
 
 def test_chance():
-    same = dict(moco=MoCoV2(net('vit'), candidates=40, dense=Dense(match_term(), .25, candidates=20)), l2g=LocalToGlobal(net('vit'), hidden=32, out=16, tokens=4),
-                all_tokens=LocalToGlobal(net('vit'), hidden=32, out=16, image=1., reverse=1.))
-    assert same['moco'].chance(8) == pytest.approx(.75*math.log(41) + .25*math.log(21))
-    assert same['l2g'].chance(8) == pytest.approx(math.log(1+7*4))
-    assert same['all_tokens'].chance(8) == pytest.approx(math.log(1+7*16) + math.log(8) + 2*.2*2*math.log(8))
+    slot = PatchLosses(DenseCLLoss(), 0.25, queue=20)
+    moco = MoCoV2(net('vit'), queue=40, patch_loss=slot)
+    assert moco.chance(8) == pytest.approx(0.75 * math.log(41) + 0.25 * math.log(21))
+    few = LocalToGlobal(net('vit'), num_patches=4, **SMALL)
+    assert few.chance(8) == pytest.approx(math.log(1 + 7 * 4))
+    with_images = LocalToGlobal(net('vit'), image_weight=1.0, **SMALL)
+    moco_v3 = 2 * 0.2 * 2 * math.log(8)
+    assert with_images.chance(8) == pytest.approx(math.log(1 + 7 * 16) + moco_v3)
     assert RepCo(net('vit')).chance(8) is None
-    aps = APS(net('vit', 32), dense=Dense(global_term(), 1., beside=1.)) # 16 of 64 patches are kept
-    assert aps.chance(8) == pytest.approx(2*(math.log(8) + math.log(1+7*16)))
+    slot = PatchLosses(LocalToGlobalLoss(), 1.0, image_weight=1.0)
+    aps = APS(net('vit', 32), patch_loss=slot)  # 16 of 64 patches are kept
+    assert aps.chance(8) == pytest.approx(2 * (math.log(8) + math.log(1 + 7 * 16)))
 
-def test_pooled_cells():
-    f = Features(torch.zeros(2, 3), torch.arange(2*6*8*3.).view(2, 48, 3), (6, 8))
-    p = pool_cells(f, 2)
-    slow = torch.stack([torch.stack([f.patches[b].view(6, 8, 3)[2*i:2*i+2, 2*j:2*j+2].mean((0, 1)) for i in range(3) for j in range(4)]) for b in range(2)])
-    assert torch.equal(p.patches, slow) and p.grid == (3, 4) and p.image is f.image
+
+# ---- patches of an encoder
+
+
+def test_pooled_patches():
+    f = Features(torch.zeros(2, 3), torch.arange(2 * 6 * 8 * 3.0).view(2, 48, 3), (6, 8))
+    pooled = pool_patches(f, 2)
+    slow = torch.zeros(2, 12, 3)
+    for b in range(2):
+        grid = f.patches[b].view(6, 8, 3)
+        for n in range(12):
+            i, j = 2 * (n // 4), 2 * (n % 4)
+            slow[b, n] = grid[i : i + 2, j : j + 2].mean((0, 1))
+    assert torch.equal(pooled.patches, slow)
+    assert pooled.grid == (3, 4) and pooled.image is f.image
     for bad in (0, -1, 1.5, True, 4):
-        with pytest.raises(ValueError, match='pool'): pool_cells(f, bad)
+        assert said(lambda: pool_patches(f, bad), ['pool', f'got {bad}'])
 
-def test_layer3_cells_are_those_of_the_network():
-    e = net('resnet', 32).eval(); x = torch.rand(2, 3, 32, 32)
-    maps = []
-    e.net.layer3.register_forward_hook(lambda m, i, o: maps.append(o))
-    f = e(x)
-    assert torch.equal(f.patches, maps[0].flatten(2).mT) and f.grid == e.grid == (8, 8) and f.patches.shape[2] == e.patch_dim == e.dim//2
-    assert e.fresh().spec == e.spec and e.fresh().grid == e.grid
 
-def test_a_term_of_ones_own():
-    class far_apart(Term):
-        "Patches of one image should differ: the mean cosine within an image."
-        needs = {('query', 'online')}
-        def __call__(self, query, key, queue=None): p = query.online.patches; return (p @ p.mT).mean()
-        def __repr__(self): return 'far_apart()'
-    m = MoCoV2(net('vit'), candidates=40, dense=Dense(far_apart(), .1, beside=1.))
-    loss, log = m(batch(m)[0]); loss.backward()
-    assert m.slots()['dense'].startswith('far_apart()') and m.trunk.patch_projector[0].weight.grad.abs().sum() > 0 and m.chance(8) is None
+def test_layer3_patches_are_those_of_the_network():
+    encoder = net('resnet', 32).eval()
+    x, maps = torch.rand(2, 3, 32, 32), []
+    encoder.net.layer3.register_forward_hook(lambda m, i, o: maps.append(o))
+    f = encoder(x)
+    assert torch.equal(f.patches, maps[0].flatten(2).mT)
+    assert f.grid == encoder.grid == (8, 8)
+    assert f.patches.shape[2] == encoder.patch_dim == encoder.dim // 2
+    again = encoder.reinitialized()
+    assert again.spec == encoder.spec and again.grid == encoder.grid
 
-@pytest.mark.parametrize('call, word', [
-    (lambda e: RepCo(e, host='simclr'), "host must be"), (lambda e: RepCo(e, source='both'), 'source must be'), (lambda e: RepCo(e, pool=4), 'a grid of 1 x 1'),
-    (lambda e: RepCo(e, far=4), 'at a distance of 4'), (lambda e: RepCo(e, positives=20), '20 others at a distance of 2'), (lambda e: RepCo(e, beta=-1.), 'beta'),
-    (lambda e: RepCo(e, tokens=4), 'with a queue leave it None'), (lambda e: RepCo(e, 'moco_v3', tokens=17), 'from 1 to the 16'),
-    (lambda e: DenseCL(e, lam=0.), 'lam, the share'), (lambda e: RepCo(e, lam=1.5), 'lam, the share'), (lambda e: DenseCL(e, warmup=1.), 'warmup'),
-    (lambda e: DenseCL(e, pool=3), 'pool=3 does not divide'), (lambda e: DenseCL(e, pool=0), 'pool must be'), (lambda e: DenseCL(e, setting='mnist'), "got 'mnist'"),
-    (lambda e: DenseCL(e, tau=0.), 'tau'), (lambda e: LocalToGlobal(e, online='global'), 'online must be'), (lambda e: LocalToGlobal(e, tokens=0), 'tokens'),
-    (lambda e: LocalToGlobal(e, reverse=-1.), 'reverse'), (lambda e: LocalToGlobal(e, tau=-1.), 'tau'), (lambda e: Dense(global_term), 'terms must be'),
-    (lambda e: RepCo(e, share=0.), 'share'), (lambda e: RepCo(e, quantile=2.), 'quantile'), (lambda e: RepCo(e, negatives=9), 'negatives'), (lambda e: RepCo(e, gap=-1.), 'gap'),
-    (lambda e: APS(e, dense=repco_term()), 'needs the whole grid'), (lambda e: APS(e, dense=Dense(match_term(), pool=2)), 'needs the whole grid'),
-    (lambda e: MoCoV2(e, dense=Dense(global_term(), candidates=8)), 'takes its negatives from the batch'), (lambda e: MoCoV2(e, dense=.5), 'dense must be Dense'),
-    (lambda e: Dense(match_term(), 2.), 'weight must be at most 1'), (lambda e: LocalToGlobal(e, pool=0), 'pool must be'), (lambda e: LocalToGlobal(e, tokens=1.5), 'tokens'),
-    (lambda e: LocalToGlobal(e, image=-1.), 'image, the weight'), (lambda e: RepCo(e, tau='a'), 'tau must be'), (lambda e: RepCo(e, 'moco_v3', setting='cifar'), 'setting is for MoCo v2'),
-    (lambda e: RepCo(e, hidden=8), 'hidden and out are for MoCo v3'), (lambda e: APS(e, momentum='x'), 'momentum'),
-    (lambda e: APS(e, momentum=1.5), 'momentum'), (lambda e: APS(e, setting='coco'), "got 'coco'")])
-def test_bad_input_is_told_before_any_work(call, word):
-    with pytest.raises(ValueError, match=word): call(net('vit'))
+
+# ---- what does not fit
+
+
+@pytest.mark.parametrize(
+    'call, words',
+    [
+        (lambda e: RepCo(e, host='simclr'), ['host must be one of', "'densecl'", "got 'simclr'"]),
+        (lambda e: RepCo(e, pool=4), ['a grid of 1 x 1', 'take smaller patches']),
+        (lambda e: RepCo(e, pool=3), ['pool', 'a divisor of the grid of 4 x 4', 'got 3']),
+        (lambda e: RepCo(e, min_distance=4), ['min_distance must be less', '4 x 4', 'got 4']),
+        (lambda e: RepCo(e, min_distance=1), ['min_distance', 'at least 2', 'got 1']),
+        (lambda e: RepCo(e, beta=-1.0), ['beta', 'at least 0', 'got -1.0']),
+        (
+            lambda e: RepCoLoss(beta=0.0, use_positives=False),
+            ['beta', 'above 0 with use_positives=False', 'got 0.0'],
+        ),
+        (
+            lambda e: RepCo(e, negatives_per_image=4),
+            ['negatives_per_image must be None with a queue', 'got 4'],
+        ),
+        (
+            lambda e: RepCo(e, 'moco_v3', negatives_per_image=17),
+            ['negatives_per_image', 'at least 1 and at most 16', 'got 17'],
+        ),
+        (lambda e: DenseCL(e, lam=0.0), ['lam', 'above 0', 'got 0.0']),
+        (lambda e: RepCo(e, lam=1.5), ['lam', 'at most 1', 'got 1.5']),
+        (lambda e: DenseCL(e, start_fraction=1.0), ['start_fraction', 'below 1', 'got 1.0']),
+        (lambda e: DenseCL(e, pool=3), ['pool', 'a divisor of the grid of 4 x 4', 'got 3']),
+        (lambda e: DenseCL(e, pool=0), ['pool must be', 'at least 1', 'got 0']),
+        (lambda e: DenseCL(e, preset='mnist'), ['preset', "'coco'", "got 'mnist'"]),
+        (lambda e: DenseCL(e, tau=0.0), ['tau', 'above 0', 'got 0.0']),
+        (lambda e: LocalToGlobal(e, num_patches=0), ['num_patches', 'at least 1', 'got 0']),
+        (lambda e: LocalToGlobal(e, num_patches=17), ['num_patches', 'at most 16', 'got 17']),
+        (lambda e: LocalToGlobal(e, num_patches=1.5), ['num_patches', 'a whole', 'got 1.5']),
+        (lambda e: LocalToGlobal(e, num_patches='every'), ['num_patches', "got 'every'"]),
+        (lambda e: LocalToGlobal(e, tau=-1.0), ['tau', 'above 0', 'got -1.0']),
+        (lambda e: LocalToGlobal(e, pool=0), ['pool must be', 'at least 1', 'got 0']),
+        (lambda e: LocalToGlobal(e, image_weight=-1.0), ['image_weight', 'at least 0', 'got -1']),
+        (
+            lambda e: PatchLosses(LocalToGlobalLoss),
+            ['losses must be', 'DenseCLLoss()', 'got LocalToGlobalLoss'],
+        ),
+        (lambda e: RepCo(e, positive_fraction=0.0), ['positive_fraction', 'above 0', 'got 0.0']),
+        (lambda e: RepCo(e, quantile=2.0), ['quantile', 'below 1', 'got 2.0']),
+        (lambda e: RepCo(e, num_negatives=9), ['num_negatives', 'at most 8', 'got 9']),
+        (lambda e: RepCo(e, tau='a'), ['tau must be', 'a number', "got 'a'"]),
+        (
+            lambda e: APS(e, patch_loss=RepCoLoss()),
+            ['patch_sampler', 'None with RepCoLoss', 'needs all patches'],
+        ),
+        (
+            lambda e: APS(e, patch_loss=PatchLosses(DenseCLLoss(), pool=2)),
+            ['patch_sampler', 'None with DenseCLLoss and pool=2', 'needs all patches'],
+        ),
+        (
+            lambda e: MoCoV2(e, patch_loss=PatchLosses(LocalToGlobalLoss(), queue=8)),
+            ['None with LocalToGlobalLoss', 'negatives come from the batch', 'got', 'queue of 8'],
+        ),
+        (lambda e: MoCoV2(e, patch_loss=0.5), ['patch_loss must be', 'PatchLosses', 'got 0.5']),
+        (
+            lambda e: LocalToGlobal(e, projector=nn.Linear(32, 8)),
+            ['projections of patches', 'as wide as those of images, 8', 'got 128'],
+        ),
+        (lambda e: PatchLosses(DenseCLLoss(), 2.0), ['weight must be', 'at most 1', 'got 2.0']),
+        (
+            lambda e: RepCo(e, 'moco_v3', preset='cifar'),
+            ['preset must be None on MoCo v3', "got 'cifar'"],
+        ),
+        (lambda e: RepCo(e, hidden=8), ['hidden and out', 'MoCo v3', 'a projector', 'got (8, ']),
+        (lambda e: APS(e, momentum='x'), ['momentum', 'a number', "got 'x'"]),
+        (lambda e: APS(e, momentum=1.5), ['momentum', 'at most 1', 'got 1.5']),
+        (lambda e: APS(e, preset='coco'), ['preset', "'patchmix'", "got 'coco'"]),
+    ],
+)
+def test_bad_input_is_told_before_any_work(call, words):
+    assert said(lambda: call(net('vit')), words)
+
+
+def test_a_batch_of_one_is_told():
+    m = LocalToGlobal(net('vit'), **SMALL).eval()
+    assert said(lambda: m(draw(m, 1)[0]), ['two images or more', 'batch of one', 'got (1, 16)'])
+
+
+# ---- presets
+
 
 def test_one_number_sizes_both_queues():
     for make in (DenseCL, RepCo):
-        m = make(net('vit'), candidates=64)
+        m = make(net('vit'), queue=64)
         assert (m.queue.size, m.patch_queue.size) == (64, 64)
-        m = make(net('vit')); m.fit_to(600, 16)
+        m = make(net('vit'))
+        m.set_data_size(600, 16)
         assert (m.queue.size, m.patch_queue.size) == (64, 64)
-    assert RepCo(vit(size=34, patch=2, width=16, depth=1, heads=2)).dense.pool == 1 # a grid of 17 x 17
+    odd = vit(size=34, patch=2, width=16, depth=1, heads=2)  # a grid of 17 x 17
+    assert RepCo(odd).patch_loss.pool == 1
 
-def test_step_cost_counts_and_leaves_the_method_alone():
-    from ssl_patch.methods import step_cost
-    m = MoCoV3(net('vit'), hidden=32, out=16)
-    with torch.no_grad(): m.trunk.projector[0].weight.add_(1.)
-    before = {k: v.clone() for k, v in m.state_dict().items()}
-    c = step_cost(m, batch(m)[0])
-    assert (c['images'], c['online_tokens'], c['target_tokens'], c['steps']) == (8, 32, 32, 1) and c['bytes'] > 8*2*17*32*4
-    assert all(torch.equal(v, before[k]) for k, v in m.state_dict().items())
 
-def test_a_batch_of_one_is_told():
-    m = LocalToGlobal(net('vit'), hidden=32, out=16).eval()
-    with pytest.raises(ValueError, match='batch of one'): m(batch(m, 1)[0])
+@pytest.mark.parametrize(
+    'configs, make',
+    [
+        (aps_configs, partial(APS, **SMALL)),
+        (densecl_configs, DenseCL),
+        (local_to_global_configs, partial(LocalToGlobal, **SMALL)),
+    ],
+)
+def test_every_preset_builds_and_steps(configs, make):
+    for preset, config in configs.items():
+        m = make(net('vit'), preset)
+        m.set_data_size(400, 8)
+        views, draws = draw(m)
+        loss, _ = m(views, draws[0])
+        loss.backward()
+        m.after_step()
+        assert torch.isfinite(loss) and config.source
+        assert m.train_config.epochs == config.train_config.epochs
 
-@pytest.mark.parametrize('settings, make', [(aps_settings, APS), (densecl_settings, DenseCL), (local_to_global_settings, LocalToGlobal)])
-def test_every_setting_builds_and_steps(settings, make):
-    for data, s in settings.items():
-        m = make(net('vit'), data, **(dict(hidden=32, out=16) if make is not DenseCL else {}))
-        m.fit_to(400, 8)
-        views, samples = batch(m)
-        loss, _ = m(views, samples[0]); loss.backward(); m.after_step()
-        assert torch.isfinite(loss) and m.training_recipe.epochs == s.training.epochs and s.source
+
+def widths(head):
+    return [layer.out_features for layer in head if isinstance(layer, nn.Linear)]
+
 
 def test_published_numbers():
     m = APS(vit('small', 224, 16))
-    assert m.samples([make_view(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), r) for r in m.views])[0][0].shape == (2, 49) and m.target is None
-    t = m.training_recipe
-    assert (t.epochs, t.batch_size, t.base_lr, t.weight_decay, t.warmup, t.clip) == (200, 512, 1e-3, .05, 30, 3.) and m.objective.keywords == dict(tau=.1)
-    assert [l.out_features for l in m.trunk.projector if isinstance(l, torch.nn.Linear)] == [4096, 4096, 128]
-    assert APS(vit('tiny', 32, 2)).training_recipe.base_lr == 1e-3 and APS(vit('small', 32, 2)).training_recipe.base_lr == 5e-4
+    x = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    draws = m.draw_patches([make_view(x, a) for a in m.augmentations])
+    assert draws[0][0].shape == (2, 49) and m.key_encoder is None
+    t = m.train_config
+    assert (t.epochs, t.batch_size, t.base_lr, t.weight_decay) == (200, 512, 1e-3, 0.05)
+    assert (t.warmup_epochs, t.grad_clip, m.loss) == (30, 3.0, InfoNCELoss(tau=0.1))
+    assert widths(m.tower.projector) == [4096, 4096, 128]
+    assert APS(vit('tiny', 32, 2)).train_config.base_lr == 1e-3
+    assert APS(vit('small', 32, 2)).train_config.base_lr == 5e-4
     m = DenseCL(resnet('resnet50', 224))
-    assert (m.queue.most, m.patch_queue.most, m.dense.weight, m.objective.keywords, m.dense.terms[0].tau, m.target.start, m.target.end) == (65536, 65536, .5, dict(tau=.2), .2, .999, .999)
-    assert [l.out_features for l in m.trunk.patch_projector if isinstance(l, torch.nn.Linear)] == [2048, 128]
-    t = DenseCL(resnet('resnet50', 224), 'coco').training_recipe
-    assert (t.base_lr, t.epochs, m.training_recipe.base_lr, t.batch_size, t.weight_decay, t.warmup) == (.3, 800, .03, 256, 1e-4, 0)
-    assert RepCo(vit('tiny', 32, 2)).dense.pool == 2 and RepCo(vit('tiny', 32, 4)).dense.pool == 1
+    assert (m.queue.max_size, m.patch_queue.max_size) == (65536, 65536)
+    assert (m.key_encoder.start, m.key_encoder.end) == (0.999, 0.999)
+    assert (m.patch_loss.weight, m.loss) == (0.5, InfoNCELoss(tau=0.2))
+    assert m.patch_loss.losses == (DenseCLLoss(tau=0.2),)
+    assert widths(m.tower.patch_projector) == [2048, 128]
+    t = DenseCL(resnet('resnet50', 224), 'coco').train_config
+    assert (t.base_lr, t.epochs, m.train_config.base_lr) == (0.3, 800, 0.03)
+    assert (t.batch_size, t.weight_decay, t.warmup_epochs) == (256, 1e-4, 0)
+    assert RepCo(vit('tiny', 32, 2)).patch_loss.pool == 2
+    assert RepCo(vit('tiny', 32, 4)).patch_loss.pool == 1
+
+
+# ---- a whole run, and any grid
+
 
 @pytest.mark.parametrize('name', ['densecl', 'repco', 'local_to_global'])
 def test_a_resumed_run_is_the_same_run(tmp_path, name):
-    data = images(torch.randint(0, 256, (48, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
+    g = torch.Generator().manual_seed(0)
+    data = images(torch.randint(0, 256, (48, 3, 16, 16), dtype=torch.uint8, generator=g))
+    options = SMALL if name == 'local_to_global' else dict(queue=32)
+    how = dict(epochs=2, batch_size=8, progress='quiet', knn_every=0)
+
     def run(out, resume=False):
-        options = dict(hidden=32, out=16) if name == 'local_to_global' else dict(candidates=Queue(32))
         torch.manual_seed(0)
         m = build_method(name, vit(size=16, patch=4, width=16, depth=1, heads=2), **options)
-        return Pretrainer(m, data, epochs=2, batch_size=8, out=out, resume=resume, progress='quiet', knn_every=0)
-    whole = run(tmp_path/'a').fit()
-    part = run(tmp_path/'b'); part.fit(1)
-    again = run(tmp_path/'b', True).fit()
+        return Pretrainer(m, data, out=out, resume=resume, **how)
+
+    whole = run(tmp_path / 'a').fit()
+    run(tmp_path / 'b').fit(1)
+    again = run(tmp_path / 'b', True).fit()
     a, b = whole.method.state_dict(), again.method.state_dict()
-    assert all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
-    assert {'image', 'patch'} <= set(again.history[-1]) and again.history[-1]['within'] is not None
+    for k in a:
+        assert torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k], k
+    assert {'image_loss', 'patch_loss'} <= set(again.history[-1])
+    assert again.history[-1]['patch_sim_within'] is not None
+
 
 @pytest.mark.parametrize('grid', [(1, 8), (7, 7), (14, 14), (16, 16)])
-def test_the_terms_take_any_grid(grid):
-    from ssl_patch.terms import Seen
-    from ssl_patch.towers import Embedding
-    from ssl_patch.views import View
+def test_patch_losses_take_any_grid(grid):
     torch.manual_seed(0)
-    M = grid[0]*grid[1]
-    def seen():
-        e = lambda: Embedding(unit(torch.randn(4, 8)), unit(torch.randn(4, M, 8)), Features(torch.randn(4, 8), torch.randn(4, M, 8), grid))
-        return Seen(View(torch.zeros(4, 3, 8, 8), torch.tensor([[0., 0, 8, 8]]*4), torch.zeros(4, dtype=torch.bool)), e(), e())
-    for term in (match_term(), repco_term(), repco_term(source='other'), global_term()):
-        term.check(grid)
-        assert torch.isfinite(term(seen(), seen()))
+    M = grid[0] * grid[1]
+
+    def projections():
+        image, patches = torch.randn(4, 8), torch.randn(4, M, 8)
+        features = Features(torch.randn(4, 8), torch.randn(4, M, 8), grid)
+        return Projections(l2_normalize(image), l2_normalize(patches), features)
+
+    def outputs():
+        box = torch.tensor([[0.0, 0, 8, 8]] * 4)
+        view = View(torch.zeros(4, 3, 8, 8), box, torch.zeros(4, dtype=torch.bool))
+        return ViewOutputs(view, projections(), projections())
+
+    for loss in (DenseCLLoss(), RepCoLoss(), RepCoLoss(beta=0.0), LocalToGlobalLoss()):
+        for has_queue in (False, True):
+            loss.check(grid, has_queue)
+        assert torch.isfinite(loss(outputs(), outputs()))

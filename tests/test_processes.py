@@ -1,23 +1,45 @@
 "Two processes with half a batch each against one process with all of it."
+
 import socket
-from functools import partial
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from ssl_patch.encoders import mlp, vit
-from ssl_patch.losses import info_nce, sce
-from ssl_patch.methods import Method
-from ssl_patch.terms import Dense, match_term
-from ssl_patch.towers import Queue, ema
-from ssl_patch.views import View, strong, weak
+
+from ssl_patch.methods.contrast import InfoNCELoss
+from ssl_patch.methods.densecl import DenseCLLoss
+from ssl_patch.methods.method import Method
+from ssl_patch.methods.patch_loss import PatchLosses
+from ssl_patch.methods.sce import SCELoss
+from ssl_patch.models.encoders import vit
+from ssl_patch.models.heads import mlp
+from ssl_patch.models.momentum import Queue, ema
+from ssl_patch.views.augmentations import aug_moco_v2, aug_weak
+from ssl_patch.views.crops import View
+
 
 def methods():
-    "Keys of the batch, a queue, both, and a queue of image means of patches; heads without batch-norm, so that images are independent."
-    match = Dense(match_term(), candidates=Queue(20))
-    for objective, candidates, dense in ((partial(info_nce, tau=.2), None, None), (sce, Queue(20), None), (partial(sce, in_batch=True), Queue(20), None), (sce, Queue(20), match)):
+    """Keys of the batch, a queue, both, and a queue of image means of patches; heads without
+    batch-norm, so that images are independent."""
+    match = PatchLosses(DenseCLLoss(), queue=Queue(20))
+    for loss, queue, patch_loss in (
+        (InfoNCELoss(tau=0.2), None, None),
+        (SCELoss(), Queue(20), None),
+        (SCELoss(in_batch=True), Queue(20), None),
+        (SCELoss(), Queue(20), match),
+    ):
         torch.manual_seed(0)
-        yield Method(vit(size=16, patch=4, width=32, depth=1, heads=2), (strong(16), weak(16)), pairs=((0, 1),), target=ema(.9), candidates=candidates,
-                     heads=(mlp(32, 8, last_norm=False, bias=True), None), objective=objective, dense=dense)
+        yield Method(
+            vit(size=16, patch=4, width=32, depth=1, heads=2),
+            (aug_moco_v2(16), aug_weak(16)),
+            view_pairs=((0, 1),),
+            key_encoder=ema(0.9),
+            queue=queue,
+            projector=mlp(32, 8, last_norm=False, bias=True),
+            loss=loss,
+            patch_loss=patch_loss,
+        )
+
 
 def step(part):
     "Loss, gradient and queue after two steps, of rows `part` of a fixed batch."
@@ -26,27 +48,43 @@ def step(part):
     out = []
     for m in methods():
         for xs in batches:
-            loss, _ = m([View(x[part], torch.zeros(len(x[part]), 4), torch.zeros(len(x[part]))) for x in xs])
-            weight = m.trunk.projector[0].weight if m.dense is None else m.trunk.patch_projector[0].weight
-            grad = torch.autograd.grad(loss, weight)[0]
+            loss, _ = m(
+                [View(x[part], torch.zeros(len(x[part]), 4), torch.zeros(len(x[part]))) for x in xs]
+            )
+            tower = m.tower
+            head = tower.projector if m.patch_loss is None else tower.patch_projector
+            grad = torch.autograd.grad(loss, head[0].weight)[0]
             m.after_step()
-        out.append((loss.detach(), grad, torch.cat([q.keys for q in m.queues()] or [torch.zeros(1)])))
+        out.append(
+            (loss.detach(), grad, torch.cat([q.keys for q in m.queues()] or [torch.zeros(1)]))
+        )
     return out
+
 
 def worker(rank, port, results):
     dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
     torch.set_num_threads(1)
-    results.put((rank, [[t.tolist() for t in r] for r in step(slice(4*rank, 4*rank+4))]))
-    dist.barrier(); dist.destroy_process_group()
+    results.put((rank, [[t.tolist() for t in r] for r in step(slice(4 * rank, 4 * rank + 4))]))
+    dist.barrier()
+    dist.destroy_process_group()
+
 
 def test_two_processes_are_one():
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    context = mp.get_context('spawn'); results = context.Queue()
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    context = mp.get_context('spawn')
+    results = context.Queue()
     workers = [context.Process(target=worker, args=(r, port, results)) for r in range(2)]
-    for w in workers: w.start()
+    for w in workers:
+        w.start()
     got = dict(results.get(timeout=300) for _ in workers)
-    for w in workers: w.join(60); assert w.exitcode == 0
+    for w in workers:
+        w.join(60)
+        assert w.exitcode == 0
     for whole, a, b in zip(step(slice(None)), got[0], got[1]):
         (loss, grad, queue), (a, b) = whole, ([torch.tensor(t) for t in r] for r in (a, b))
-        assert torch.allclose((a[0]+b[0])/2, loss, atol=1e-5) and torch.allclose((a[1]+b[1])/2, grad, atol=1e-5)
+        assert torch.allclose((a[0] + b[0]) / 2, loss, atol=1e-5) and torch.allclose(
+            (a[1] + b[1]) / 2, grad, atol=1e-5
+        )
         assert torch.equal(a[2], b[2]) and torch.allclose(a[2], queue, atol=1e-5)

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Clean the notebooks, export the package from them and write README.md. What no notebook exports any more goes.
+set -euo pipefail
+nbdev_clean
+find ssl_patch -name '*.py' ! -name '__init__.py' -delete
+nbdev_export
+find ssl_patch -mindepth 1 -depth -type d ! -name __pycache__ | while read -r folder; do
+  rest=$(find "$folder" -type f ! -name '__init__.py' ! -path '*/__pycache__/*')
+  [ -n "$rest" ] || rm -r "$folder"
+done
+python scripts/readme.py

@@ -1,0 +1,81 @@
+"The commands around the package: they do what their help says, and say what is wrong."
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / 'scripts' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def notebook(path, *sources):
+    cell = dict(cell_type='code', execution_count=None, metadata={}, outputs=[])
+    cells = [cell | dict(id=f'c{i}', source=s) for i, s in enumerate(sources)]
+    kernel = dict(display_name='python3', language='python', name='python3')
+    whole = dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
+    path.write_text(json.dumps(whole))
+    return path
+
+
+def test_a_failing_cell_is_named_and_its_notebook_left_as_it_was(tmp_path):
+    path = notebook(tmp_path / 'wrong.ipynb', 'x = 1', '#| eval: false\n1 / 0', 'x + unheard_of')
+    before = path.read_text()
+    words = [sys.executable, ROOT / 'scripts' / 'run_notebooks.py', path, '--workers', '1']
+    r = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert r.returncode == 1 and 'wrong.ipynb, cell 2:' in r.stderr and 'unheard_of' in r.stderr
+    assert re.match(r' *\d+\.\d s  wrong.ipynb', r.stdout) and path.read_text() == before
+
+
+def test_what_ran_is_kept_and_what_is_marked_is_left_out(tmp_path):
+    run_notebooks = script('run_notebooks')
+    sources = 'import os; print(os.environ["OMP_WAIT_POLICY"])', '#| slow\n1 / 0', '#| hide\n6 * 7'
+    path = notebook(tmp_path / 'right.ipynb', *sources)
+    keep = dict(os.environ)
+    try:
+        seconds, wrong = run_notebooks.run(path, 60)
+    finally:
+        os.environ.clear()
+        os.environ.update(keep)
+    assert wrong is None and seconds > 0
+    outputs = [c['outputs'] for c in json.loads(path.read_text())['cells']]
+    assert ''.join(outputs[0][0]['text']) == 'passive\n' and outputs[1] == []
+    assert ''.join(outputs[2][0]['data']['text/plain']) == '42'
+
+
+def test_notebooks_are_found_in_folders(tmp_path):
+    (tmp_path / '.ipynb_checkpoints').mkdir()
+    for name in ('b', 'a', '.ipynb_checkpoints/a'):
+        notebook(tmp_path / f'{name}.ipynb', '1')
+    found = script('run_notebooks').notebooks([tmp_path])
+    assert [p.name for p in found] == ['a.ipynb', 'b.ipynb']
+
+
+def test_readme_links_and_code():
+    readme = script('readme')
+    text = readme.from_the_root('[a](views/01_crops.ipynb) [b](../C.md) [c](https://x.org/y.ipynb)')
+    assert text == '[a](nbs/views/01_crops.ipynb) [b](C.md) [c](https://x.org/y.ipynb)'
+    table = dict(data={'text/markdown': ['[a](all.ipynb)']}, output_type='execute_result')
+    cell = dict(cell_type='code', source=['#| echo: false\n', 'x'], outputs=[table])
+    assert readme.cell_text(3, cell) == '[a](nbs/all.ipynb)'
+    cell['source'] = ['x']
+    assert readme.cell_text(3, cell) == '```python\nx\n```\n\n[a](nbs/all.ipynb)'
+
+
+def test_make_has_what_it_names():
+    text = (ROOT / 'Makefile').read_text()
+    named = re.search(r'^\.PHONY: (.*)$', text, re.M)[1].split()
+    assert {'demo', 'test', 'bench', 'lab', 'prepare', 'notebooks'} <= set(named)
+    for target in named:
+        assert re.search(rf'^{target}:.*## \S', text, re.M), f'{target} has no rule, or no help'
+    for path in re.findall(r'scripts/\w+\.\w+', text):
+        assert (ROOT / path).is_file()

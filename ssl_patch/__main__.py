@@ -6,11 +6,17 @@
 __all__ = ['main']
 
 # %% ../nbs/start.ipynb #c7000003
+import sys
+
+import ssl_patch
 from .ground.threads import calm_threads
 
 
 def main():
     "The `ssl_patch` command, from the first line of its process."
+    if sys.argv[1:] == ['--version']:
+        print(f'ssl_patch {ssl_patch.__version__}')
+        return
     calm_threads()
     from ssl_patch.cli import main as command  # loads torch
 

@@ -20,7 +20,7 @@ def test_baselines_are_remembered_until_something_changes():
             made.append(Net(seed, self.size))
             return made[-1]
 
-    net = Counting()
+    net = Counting(4)
     a, b = knn(net, data, k=5), knn(net, data, k=5)
     assert [m.calls for m in made] == [2, 0] and a.baselines == b.baselines
     knn(net, data, k=6)

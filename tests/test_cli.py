@@ -234,7 +234,7 @@ def test_help(capsys):
 
 def test_resume_refuses_another_method(folder, capsys):
     assert pretrain(folder) == 0
-    for more in ('--method moco_v3', '--options hidden=33', '--epochs 9', '--width 64'):
+    for more in ('--method moco_v3', '--options hidden=33', '--epochs 1', '--width 64'):
         assert run('pretrain', '--out', folder / 'run', '--resume', more) == 2
         assert '--resume goes on as the run began' in capsys.readouterr().err
     assert run('pretrain', '--out', folder / 'run', '--resume') == 0

@@ -190,7 +190,8 @@ def test_orientation_is_applied(monkeypatch):
     for data in (jpeg(quality=95, exif=exif(6)), jpeg(quality=95, xmp=xmp)):
         x = decode(data)
         assert x.shape == (3, 96, 64) and (x.float() - turned).abs().mean() < 8
-    monkeypatch.setattr(decoding_room, 'torchvision_op', lambda name: None)  # without torchvision's decoder
+    # without torchvision's decoder
+    monkeypatch.setattr(decoding_room, 'torchvision_op', lambda name: None)
     assert torch.equal(decode(upright).permute(1, 2, 0), torch.from_numpy(smooth))
     assert decode(jpeg(exif=exif(6))).shape == (3, 96, 64)
 

@@ -309,3 +309,12 @@ def test_the_root_of_a_real_data_set(tmp_path):
     assert len(said) == 1 and 'files in coco100/VOCdevkit: 314' in said[0]
     d, said = told(images, tmp_path / 'coco100/VOCdevkit/VOC2012')
     assert any('154 of 231 images look like masks' in s for s in said)
+
+
+def test_names_break_no_sentence(tmp_path):
+    tree(tmp_path, a=2, b=2)
+    for name in ('a/one\ntwo.png', 'b/\x1b[31mred.png', 'b/three\nfour.txt'):
+        (tmp_path / name).write_text('no picture')
+    said = told(images, tmp_path)[1]
+    assert len(said) == 2 and all(s.isprintable() for s in said)
+    assert 'one\\ntwo.png' in said[1] and 'three\\nfour.txt' in said[0]

@@ -26,13 +26,17 @@ from ssl_patch.evaluation.linear_probe import (
     pad_crop,
     train_head,
 )
-from ssl_patch.evaluation.metrics import average_precision, mean_average_precision, precision_recall
+from ssl_patch.evaluation.metrics import (
+    average_precision,
+    mean_average_precision,
+    per_class,
+    precision_recall,
+)
 from ssl_patch.evaluation.svm import choose_C, draw_shots, fit_svm, svm
 from ssl_patch.evaluation.knn import knn_settings
 from ssl_patch.evaluation.logistic import (
     logistic,
     logistic_path,
-    per_class,
     transfer_sets,
     validation_split,
     weight_decays,

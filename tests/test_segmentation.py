@@ -1,12 +1,15 @@
 "Linear segmentation and pictures of patches against plain loops."
 
+import re
 import matplotlib
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from ssl_patch.data.images import ImageData
+from ssl_patch.data.sources import images
 from ssl_patch.models.encoders import resnet, vit
 from ssl_patch.evaluation.patches import (
     patch_labels,
@@ -54,13 +57,40 @@ def test_neighbours_are_framed_by_their_label():
     )
 
 
-def test_neighbours_without_labels_or_test_split_never_show_the_query_itself():
+@pytest.mark.parametrize('centered', [True, False])
+def test_neighbours_without_labels_or_test_split_never_show_the_query_itself(centered):
     data = ImageData(make_images(12, labels=False, noise=60), None, 'plain')
-    rows = frames(show_neighbours(RawPixels(8, data.mean, data.std), data, queries=[2, 7], k=3))
-    z = F.normalize(extract(RawPixels(8, data.mean, data.std), data.train)[0], dim=1)
+    pixels = RawPixels(8, data.mean, data.std)
+    rows = frames(show_neighbours(pixels, data, queries=[2, 7], k=3, centered=centered))
+    z = extract(pixels, data.train)[0]
+    z = F.normalize(z - z.mean(0) if centered else z, dim=1)
     for q, row in zip((2, 7), rows):
         best = torch.cat([(z @ z[q])[:q], (z @ z[q])[q + 1 :]]).sort(descending=True).values[:3]
         assert [t for t, _ in row[1:]] == [f'{s:.2f}' for s in best] and row[0][0] == 'query'
+
+
+def test_neighbours_tell_images_apart_whose_features_point_the_same_way():
+    class Shifted(Net):
+        def forward(self, x):
+            return super().forward(x) + 1000.0
+
+    def numbers(**how):
+        rows = frames(show_neighbours(Shifted(1), make_data(noise=120), queries=4, k=3, **how))
+        return {title for r in rows for title, _ in r[1:]}
+
+    assert numbers(centered=False) == {'1.00'}
+    assert len(numbers() - {'1.00'}) > 2
+
+
+def test_neighbours_from_files_have_their_names(tmp_path):
+    for i in range(6):
+        x = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(x).save(tmp_path / f'a_very_long_name_$_of_file_$_{i}.png')
+    fig = show_neighbours(Net(1), images(tmp_path), queries=2, k=3)
+    fig.canvas.draw()  # dollar signs are no formula
+    names = [ax.get_xlabel() for ax in fig.axes]
+    assert len(names) == 8 and all(re.fullmatch(r'….*_of_file_.*_\d\.png', n) for n in names)
+    assert not any(ax.get_xlabel() for ax in show_neighbours(Net(1), make_data(), k=3).axes)
 
 
 @pytest.mark.parametrize(
@@ -142,8 +172,8 @@ def test_chunks_of_masks_and_scores_do_not_change_the_answer():
 @pytest.mark.parametrize(
     'net',
     [
-        small_vit(),
-        resnet('resnet18', size=32, stem='small', width=8).reinitialized(0),
+        small_vit(1),
+        resnet('resnet18', size=32, stem='small', width=8).reinitialized(1),
         RawPatches(64, (8, 8)),
     ],
 )
@@ -171,7 +201,7 @@ def test_segmentation_by_hand():
     "Chance, place alone, own value and pixel accuracy, each by another route."
     from sklearn.metrics import jaccard_score
 
-    net, train, test = small_vit(), planted(12), planted(5, seed=1)
+    net, train, test = small_vit(1), planted(12), planted(5, seed=1)
     known = test[1] != 255
 
     def score(p):

@@ -13,7 +13,7 @@ from torchvision.transforms import RandomResizedCrop
 from ssl_patch.data.images import Images, TensorImages
 from ssl_patch.views import augmentations as A
 from ssl_patch.views import color, fast_cpu
-from ssl_patch.views.augmentations import Augmentation, make_view
+from ssl_patch.views.augmentations import Augmentation, make_view, show_augmentation
 from ssl_patch.views.crops import View, random_boxes, resized_crop
 from ssl_patch.views.loader import ViewLoader, seed_for
 
@@ -484,6 +484,7 @@ B = torch.tensor([[0.0, 0, 4, 4]] * 2)
         (lambda: Augmentation(32, blur_sigma=(0, 2)), 'blur_sigma'),
         (lambda: make_view(X[:, :1], Augmentation(4)), 'colour images'),
         (lambda: make_view(X[0], Augmentation(4)), 'colour images'),
+        (lambda: show_augmentation(X, Augmentation(4)), 'one colour image'),
         (
             lambda: ViewLoader(TensorImages(X.byte()), Augmentation(4), 3),
             'batch_size must be .* at least 1 and at most 2, the images of the data, got 3',
@@ -579,3 +580,67 @@ def test_one_large_image_is_cut_as_a_batch_is(inner, size):
                 fast_cpu.crop_one(y, box, size, flip, torch.empty(3, size, size))[None],
                 fast_cpu.crop_by_taps(y[None], box, size, flip),
             )
+
+
+# ---- pixels that are none
+
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+PIXELS = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+NORMALISED = (PIXELS - MEAN[:, None, None]) / STD[:, None, None]
+
+
+@pytest.mark.parametrize(
+    'x, call',
+    [
+        (NORMALISED, r'undoes the normalising.*got torch.float32 from -'),
+        (2 * PIXELS - 1, 'undoes the normalising'),
+        (PIXELS * 255, r'x / 255'),
+        (PIXELS * float('nan'), 'uint8, or float in'),
+        (NORMALISED.half(), 'undoes the normalising'),
+    ],
+    ids=range(5),
+)
+def test_floats_that_are_no_pixels_are_refused(x, call):
+    "By everything that changes colours, with the call that mends it."
+    one = torch.ones(2)
+    for f in (
+        lambda: make_view(x, A.aug_weak(4), gen()),
+        lambda: A.photometric(x, A.aug_moco_v2(8), gen()),
+        lambda: color.brightness(x, one),
+        lambda: color.contrast(x, one),
+        lambda: color.saturation(x, one),
+        lambda: color.hue(x, one),
+        lambda: color.color_jitter(x, torch.ones(2, 4), torch.arange(4).expand(2, 4)),
+        lambda: show_augmentation(x[0], A.aug_weak(4)),
+        lambda: next(iter(ViewLoader(x, A.aug_weak(4), 2).epoch(0))),
+    ):
+        with pytest.raises(ValueError, match=call):
+            f()
+
+
+def test_what_a_filter_adds_is_no_reason_to_refuse():
+    "A bicubic resize leaves [0,1] by a little."
+    x = torch.nn.functional.interpolate((PIXELS > 0.5).float(), 16, mode='bicubic')
+    assert x.min() < -0.03 and x.max() > 1.03
+    make_view(x, A.aug_moco_v2(8), gen())
+
+
+@pytest.mark.parametrize(
+    'x, call',
+    [
+        (PIXELS.permute(0, 2, 3, 1), r'x.permute\(0, 3, 1, 2\)'),
+        (PIXELS[:, :1], r'x.expand\(-1, 3, -1, -1\)'),
+        (PIXELS[:, 0], r'x\[:, None\].expand'),
+        (PIXELS[0], r'x\[None\]'),
+        (torch.rand(2, 4, 8, 8), r'x\[:, :3\]'),
+        (list(PIXELS), r'torch.stack\(x\)'),
+        (PIXELS.numpy(), r'torch.from_numpy\(x\),'),
+        (PIXELS.permute(0, 2, 3, 1).numpy(), r'torch.from_numpy\(x\).permute\(0, 3, 1, 2\)'),
+        ((PIXELS * 255).long(), r'x.to\(torch.uint8\)'),
+        ('x.png', 'a batch of colour images'),
+    ],
+    ids=range(10),
+)
+def test_batches_in_other_shapes_say_the_call_that_mends_them(x, call):
+    with pytest.raises(ValueError, match=call):
+        make_view(x, A.aug_weak(4), gen())

@@ -11,8 +11,9 @@ from pathlib import Path
 from tyro.conf import Positional
 from .pretrain import read_config
 from ..evaluation.records import load_records, table
+from ..ground.text import plain
 from ..reports.compare import compare
-from ..reports.runs import load_run, load_runs
+from ..reports.runs import load_run, read_runs
 
 # %% ../../nbs/commands/04_compare.ipynb #c4000008
 def joined(d: dict) -> str:
@@ -29,7 +30,20 @@ class Info:
 
     def lines(self):
         "What is told of the run, line by line."
-        path = Path(self.run)
+        path = Path(self.run).expanduser()
+        try:
+            facts = [*self.facts(path)]
+        except (KeyError, TypeError) as e:
+            raise ValueError(
+                f'{self.run}: its config.json or metrics.csv is not as this version writes it: '
+                f'{e} is missing, or of another type'
+            ) from e
+        yield from map(plain, facts)
+        if (path / 'records.jsonl').exists():
+            yield f'\n{table(load_records(path), percent=True)}'
+
+    def facts(self, path):
+        "The lines without its records."
         c = read_config(path)
         t, data = c['train_config'], c['data']
         yield (
@@ -55,8 +69,6 @@ class Info:
         else:
             yield '  progress       no epoch finished yet'
         yield '  files          ' + ', '.join(sorted(f.name for f in path.iterdir()))
-        if (path / 'records.jsonl').exists():
-            yield f'\n{table(load_records(path))}'
 
     def go(self):
         for line in self.lines():
@@ -85,9 +97,9 @@ class Compare:
     def go(self):
         folders = list(self.runs)
         found = compare(folders, self.baseline, self.protocols or None, seed=self.seed)
-        for r in load_runs(folders, probed=False):
+        for r in read_runs(folders)[0]:
             if not r.records:
-                print(f'{r.name}, seed {r.seed}: not probed, left out')
+                print(plain(f'{r.name}, seed {r.seed}: not probed, left out'))
         print(found)
         if self.out:
             print(f'\ncomparison.md, .csv and .png are in {found.save(self.out)}')

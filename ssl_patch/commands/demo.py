@@ -6,13 +6,13 @@
 __all__ = ['Demo', 'clear_demo']
 
 # %% ../../nbs/commands/06_demo.ipynb #c6000003
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from .pretrain import Pretrain
 from .probe import Probe
 from .show import Show
+from ..reports.runs import load_run
 
 # %% ../../nbs/commands/06_demo.ipynb #c6000005
 @dataclass
@@ -69,10 +69,10 @@ def clear_demo(
     overwrite: bool,
 ):
     "Remove an earlier demo, and nothing that is not one."
-    path = Path(out) / 'config.json'
+    path = Path(out).expanduser() / 'config.json'
     if not path.exists() or not overwrite:
         return
-    command = str(json.loads(path.read_text()).get('command', ''))
+    command = str(load_run(path.parent).config.get('command', ''))
     if command.split(' ')[1:2] != ['demo']:
         raise FileExistsError(f'{out} holds a run that is not a demo: not removed')
-    shutil.rmtree(out)
+    shutil.rmtree(path.parent)

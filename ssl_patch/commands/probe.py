@@ -23,7 +23,8 @@ from ..evaluation.logistic import logistic
 from ..evaluation.records import table
 from ..evaluation.retrieval import retrieval
 from ..evaluation.svm import svm
-from ..ground.checks import require_choice, require_known
+from ..ground.checks import require, require_choice, require_int, require_known
+from ..ground.text import plain
 from ..models.files import load_encoder, open_encoder
 from ..reports.runs import name_and_seed
 from ..training.pretrain import require_device
@@ -95,13 +96,17 @@ def tower_encoder(
     """An encoder of a run. `ValueError` where there is no such tower, `FileNotFoundError` where a
     file is missing."""
     require_choice(tower, 'tower', ('online', 'momentum'))
-    run = Path(run)
+    run = Path(run).expanduser()
     if tower == 'online':
         return load_encoder(run / 'encoder.safetensors')
     if not (run / 'checkpoint.pt').is_file():
         raise FileNotFoundError(f'{run} has no checkpoint.pt, which holds the momentum encoder')
     config = read_config(run)
-    key_encoder = config['slots']['key_encoder']
+    slots = config.get('slots') or {}
+    has_one = 'key_encoder' in slots and 'method' in config
+    words = 'one that says its method and its slots, with a key_encoder'
+    require(has_one, f'{run / "config.json"}', words, sorted(config))
+    key_encoder = str(slots['key_encoder'])
     if 'EMA' not in key_encoder:
         raise ValueError(
             f'{config["method"]} has no momentum encoder: its keys are of {key_encoder}'
@@ -113,13 +118,16 @@ def tower_encoder(
 
 def run_folders(folder) -> list:
     "The folder if it is a run, else the runs in it; of a folder with neither, itself."
-    below = sorted(f.parent for f in Path(folder).glob('*/encoder.safetensors'))
-    return [folder] if (Path(folder) / 'encoder.safetensors').is_file() or not below else below
+    folder = Path(folder).expanduser()
+    below = sorted(f.parent for f in folder.glob('*/encoder.safetensors'))
+    return [folder] if (folder / 'encoder.safetensors').is_file() or not below else below
 
 # %% ../../nbs/commands/03_probe.ipynb #c3000011
 def seed_of(run) -> int:  # a run folder
     "The seed that a run was made with, whoever made it."
-    return read_config(run).get('seed', 0) if (Path(run) / 'config.json').is_file() else 0
+    return (
+        read_config(run).get('seed', 0) if (Path(run).expanduser() / 'config.json').is_file() else 0
+    )
 
 
 def usual_name(
@@ -221,7 +229,7 @@ class Probe:
         source, subset = self.data, self.subset
         if source is None:
             first = saved(run)
-            source, subset = first.data, subset or first.subset
+            source, subset = first.data, first.subset if subset is None else subset
         what = source, self.size or size, subset
         if what not in loaded:
             loaded[what] = load_labelled(*what)
@@ -240,7 +248,7 @@ class Probe:
             out=self.out or run,
         )
         own |= dict(
-            resize=self.resize or getattr(encoder, 'resize', None),
+            resize=self.resize,
             size=self.size if run else None,
             device=self.device,
         )
@@ -258,12 +266,14 @@ class Probe:
             more = {k: v for k, v in some.items() if k in accepted(p)}
             r = protocols[p](encoder, data, **own | more | settings[p])
             found.append(r)
-            value = f'{r.protocol} {r.metric} {r.value:.3f} ({r.seconds:.0f} s)'
-            print(f'{own["name"]}, seed {own["seed"]}: {value}', flush=True)
+            value = f'{r.protocol} {r.metric} {100 * r.value:.1f} % ({r.seconds:.0f} s)'
+            print(plain(f'{own["name"]}, seed {own["seed"]}: {value}'), flush=True)
         return found
 
     def check(self):
-        "`ValueError` for options that do not go together."
+        "`ValueError` for wrong numbers, and for options that do not go together."
+        for name in ('subset', 'size', 'resize'):
+            require_int(getattr(self, name), name, least=1, optional=True)
         if bool(self.runs) == bool(self.encoder):
             raise ValueError('give run folders, or --encoder')
         if self.encoder and self.data is None:
@@ -286,4 +296,4 @@ class Probe:
         return [r for run in runs or (None,) for r in self.one(run, settings, loaded)]
 
     def go(self):
-        print(table(self.measure()))
+        print(table(self.measure(), percent=True))

@@ -13,6 +13,7 @@ from tyro.conf import Positional
 from .pretrain import saved
 from ..data.images import resize_center_crop
 from ..evaluation.figures import show_neighbours, show_patch_pca
+from ..ground.checks import require_int
 from ..evaluation.sheet import show_representation
 from ..methods.densecl import DenseCLLoss, match_patches, show_matches
 from ..methods.geometry import show_patches, true_match
@@ -84,8 +85,9 @@ class Show:
 
     def figures(self):
         "Name and figure, one after the other."
+        require_int(self.images, 'images', least=1)
         data, method = replace(saved(self.run, resumable=True), modules=self.modules).build()
-        encoder = load_encoder(Path(self.run) / 'encoder.safetensors')
+        encoder = load_encoder(Path(self.run).expanduser() / 'encoder.safetensors')
         grid, sampler = method.encoder.grid, method.patch_sampler
         sources = lively(data.train, self.images, self.seed)
         for i, source in enumerate(sources):
@@ -102,7 +104,7 @@ class Show:
     def go(self):
         import matplotlib.pyplot as plt
 
-        out = Path(self.out or self.run)
+        out = Path(self.out or self.run).expanduser()
         out.mkdir(parents=True, exist_ok=True)
         for name, fig in self.figures():
             fig.savefig(out / f'{name}.png', dpi=100)

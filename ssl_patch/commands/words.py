@@ -14,18 +14,22 @@ from pathlib import Path
 from ..data.images import ImageData
 from ..data.sources import images
 from ..data.voc import voc07
-from ..ground.checks import require
+from ..ground.checks import require, require_choice, require_int
 from ..models.encoders import resnet, vit
+from ..models.libraries import from_timm, from_torchvision, library_name
 
 # %% ../../nbs/commands/01_words.ipynb #c1000006
 def parse_options(
     words,  # such as ('num_draws=4', 'tau=.1')
+    taken=(),  # names that the command sets itself
 ) -> dict:
     "`name=value` words as keyword arguments. `ValueError` for anything else."
     out = {}
     for word in words:
         name, sign, value = word.partition('=')
         require(sign and name.isidentifier(), 'an option', 'written name=value', word)
+        other = f'none that the command sets itself (--{name.replace("_", "-")})'
+        require(name not in taken, 'an option', other, word)
         try:
             out[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -34,22 +38,41 @@ def parse_options(
 
 # %% ../../nbs/commands/01_words.ipynb #c1000009
 def encoder_from_words(
-    name: str,  # 'vit_tiny', 'vit_small', 'vit_base' or a torchvision ResNet such as 'resnet18'
+    name: str,  # 'vit_tiny', 'vit_small', 'vit_base', 'resnet18', timm/NAME, torchvision/NAME
     size: int,  # image side, pixels
-    patch: int,  # patch side of a ViT
-    variant: str = 'aps',  # of a ViT: 'aps' or 'moco_v3'
+    patch: int = 4,  # patch side of a ViT
+    variant: str | None = None,  # of a ViT: 'aps' or 'moco_v3'; None: 'aps'
     stem: str = 'auto',  # of a ResNet: 'small', 'half' or 'imagenet'
     feature_layer: str = 'layer4',  # of a ResNet, where its patches are read: or 'layer3'
     width: int | None = None,  # of either, where it differs from the named one
     depth: int | None = None,  # of a ViT, likewise
     heads: int | None = None,  # of a ViT, likewise
 ):
-    "An encoder by its name. `ValueError` for names that are not known."
+    "An encoder by its name, with random weights. `ValueError` for names that are not known."
+    require_choice(feature_layer, 'feature_layer', ('layer4', 'layer3'))
+    require_choice(stem, 'stem', ('auto', 'small', 'half', 'imagenet'))
+    given = dict(width=width, depth=depth, heads=heads)
+    for k, v in given.items():
+        require_int(v, k, least=1, optional=True)
+    if '/' in name:
+        given |= dict(variant=variant, patch=patch if patch != 4 else None)
+        given |= dict(stem=None if stem == 'auto' else stem)
+        given |= dict(feature_layer=None if feature_layer == 'layer4' else feature_layer)
+        odd = [k for k, v in given.items() if v is not None]
+        require(not odd, ' and '.join(odd), f'left out, as {name} has its own', odd)
+        library, network = library_name(name)
+        return dict(timm=from_timm, torchvision=from_torchvision)[library](network, size)
     if name.startswith('vit_'):
-        return vit(name[4:], size, patch, variant, width=width, depth=depth, heads=heads)
+        return vit(name[4:], size, patch, variant or 'aps', **given)
     if depth or heads:
         raise ValueError(f'depth and heads are for ViTs; {name} has its own')
-    return resnet(name, size, stem, width or 64, feature_layer)
+    try:
+        return resnet(name, size, stem, width or 64, feature_layer)
+    except ValueError as e:
+        known = name in ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152')
+        others = 'vit_tiny, vit_small, vit_base, resnet18, ..., timm/NAME or torchvision/NAME'
+        more = '' if known else f'; an encoder is {others}'
+        raise ValueError(f'{e}{more}') from e
 
 # %% ../../nbs/commands/01_words.ipynb #c1000012
 def load_data(
@@ -59,6 +82,8 @@ def load_data(
 ) -> ImageData:
     "Data by its name or path."
     data = images(name, size=size) if name == 'photos' else images(name)
+    require(name.strip(), 'data', 'a name, a folder or a packed .npz', name)
+    require_int(subset, 'subset', least=1, optional=True)
     return data.sample(subset) if subset else data
 
 

@@ -19,17 +19,22 @@ import torch
 from torch import Tensor
 
 from .decoding import BandsError, decode
-from .files import ByteFiles, BytePack, array_header, short_reason
+from .files import ByteFiles, BytePack, array_header, listed, short_reason
 from .fingerprints import in_threads
 from .headers import quick_header
-from .layout import ENDINGS, find_parts, listed, sub_folders, suspicions, walk
+from .layout import ENDINGS, find_parts, sub_folders, suspicions, walk
 from ..ground.checks import require, require_int, require_number
+from ..ground.text import plain
 
 # %% ../../nbs/data/09_folders.ipynb #90a85927
 def existing_folder(
     path,  # of a folder; ~ is the home
 ) -> Path:
-    "A Path to a folder that is there."
+    """A Path to a folder that is there.
+
+    Args:
+        path: of a folder; ~ is the home
+    """
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f'there is no folder {str(path)!r}')
@@ -43,7 +48,16 @@ def list_images(
     labelled: bool | None = None,  # are sub-folders classes? None finds out
     least: int = 2,  # class sub-folders that make it labelled
 ) -> tuple:  # paths, labels or None, classes or None, {kind: paths} of what is no image
-    "The images below a folder, with the labels that its sub-folders say."
+    """The images below a folder, with the labels that its sub-folders say.
+
+    Args:
+        folder: path
+        labelled: are sub-folders classes? None finds out
+        least: class sub-folders that make it labelled
+
+    Returns:
+        paths, labels or None, classes or None, {kind: paths} of what is no image
+    """
     paths, left = walk(folder)
     if not paths:
         found = ''.join(f'; {k}: {len(v)} ({listed(v)})' for k, v in left.items())
@@ -76,7 +90,17 @@ def split_by_class(
     test_fraction: float,  # of every class, or of all
     seed: int = 0,  # of the split
 ) -> tuple:  # train, test: sorted numbers of images
-    "Split so that `test_fraction` of every class, or of all, goes to test."
+    """Split so that `test_fraction` of every class, or of all, goes to test.
+
+    Args:
+        labels: (n,) whole numbers, or None
+        n: images
+        test_fraction: of every class, or of all
+        seed: of the split
+
+    Returns:
+        train, test: sorted numbers of images
+    """
     require_number(test_fraction, 'test_fraction', above=0, below=1)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     y = torch.zeros(n, dtype=torch.long) if labels is None else torch.as_tensor(labels).cpu()[order]
@@ -95,7 +119,16 @@ def number_labels(
     classes: list | None,  # names of the classes; None: the words or numbers themselves
     what: str = 'labels',  # has these labels, for messages
 ) -> tuple:  # (n,) whole numbers, classes
-    "Labels as numbers, and what the numbers mean. `ValueError` for fractions and the like."
+    """Labels as numbers, and what the numbers mean. `ValueError` for fractions and the like.
+
+    Args:
+        labels: (n,) whole numbers or words; -1 or None for none
+        classes: names of the classes; None: the words or numbers themselves
+        what: has these labels, for messages
+
+    Returns:
+        (n,) whole numbers, classes
+    """
     kind = labels.dtype.kind
     if kind in 'OUS':
         words = [w.decode() if isinstance(w, bytes) else w for w in labels.tolist()]
@@ -121,7 +154,17 @@ def align_labels(
     classes: list | None,  # of train
     what: str,  # has these labels, for messages
 ) -> Tensor:  # (n,)
-    "Labels that count in `names`, as they count in `classes`."
+    """Labels that count in `names`, as they count in `classes`.
+
+    Args:
+        labels: (n,) numbers of classes, -1 for none
+        names: of the classes that `labels` count
+        classes: of train
+        what: has these labels, for messages
+
+    Returns:
+        (n,)
+    """
     if classes is None:
         raise ValueError(f'{what} has classes, but train has none')
     y = torch.as_tensor(labels)
@@ -136,7 +179,16 @@ def read_folder(
     labelled: bool | None = None,  # are sub-folders classes? None finds out
     names: tuple | None = None,  # of the train and the test folder; None: found out
 ) -> list:  # of (path, paths in it, labels or None, classes or None) of train, and of test if any
-    "The parts of a data set. What is not read, and what is suspicious, is told in a warning."
+    """The parts of a data set. What is not read, and what is suspicious, is told in a warning.
+
+    Args:
+        folder: path
+        labelled: are sub-folders classes? None finds out
+        names: of the train and the test folder; None: found out
+
+    Returns:
+        of (path, paths in it, labels or None, classes or None) of train, and of test if any
+    """
     folder = existing_folder(folder)
     parts = find_parts(folder, names)
     if not parts.sure and not labelled:
@@ -158,7 +210,7 @@ def read_folder(
     if not names:
         _tell_unused(folder, parts, told)
         for sentence in suspicions(parts.train, found[0][1], bool(classes) or not parts.sure):
-            warnings.warn(f'{folder.name}: {sentence}')
+            warnings.warn(plain(f'{folder.name}: {sentence}'))
     return found
 
 
@@ -168,11 +220,11 @@ def _tell_unused(folder, parts, told):
     for d in (p for p in parts.unused if p.is_dir()):
         paths, left = walk(d)
         if n := len(paths) + sum(map(len, left.values())):
-            words.append(f'files in {d.relative_to(folder)}: {n}')
+            words.append(f'files in {plain(d.relative_to(folder))}: {n}')
     if files := [p.name for p in parts.unused if not p.is_dir()]:
         words.append(f'files beside the parts: {len(files)} ({listed(files)})')
     if words:
-        warnings.warn(f'{folder.name}: not used of {str(folder)!r}: {"; ".join(words)}')
+        warnings.warn(plain(f'{folder.name}: not used of {str(folder)!r}: {"; ".join(words)}'))
 
 # %% ../../nbs/data/09_folders.ipynb #df544c2b
 def _shrunk(data, short_side):
@@ -201,7 +253,7 @@ def _readable(folder, rows):
             f'none of the {len(files)} images below {str(folder)!r} can be read: {first}'
         )
     if bad:
-        told = ', '.join(f'{files.name(i)} ({r})' for i, r in list(bad.items())[:5])
+        told = ', '.join(f'{plain(files.name(i))} ({r})' for i, r in list(bad.items())[:5])
         warnings.warn(f'{len(bad)} of {len(files)} images are not packed: {told}')
     return [r for i, r in enumerate(rows) if i not in bad]
 
@@ -234,7 +286,20 @@ def pack(
     overwrite: bool = False,  # may a file that is there be replaced?
     short_side: int | None = None,  # pixels: larger photographs are shrunk to it; None: none are
 ) -> Path:  # the packed file
-    "Pack a folder of images into one npz that `images` reads; bytes unchanged, unless shrunk."
+    """Pack a folder of images into one npz that `images` reads; bytes unchanged, unless shrunk.
+
+    Args:
+        folder: as `images` reads it: class folders, train and test folders, or just images
+        out: path of the .npz
+        test_fraction: without a test folder: this part of every class becomes test
+        seed: of that split
+        labelled: False: sub-folders are no classes
+        overwrite: may a file that is there be replaced?
+        short_side: pixels: larger photographs are shrunk to it; None: none are
+
+    Returns:
+        the packed file
+    """
     require_int(short_side, 'short_side', least=8, optional=True)
     folder, out = existing_folder(folder), Path(out).expanduser()
     if out.suffix != '.npz':
@@ -285,7 +350,14 @@ def _write_pack(path, pieces, total, small):
 def read_pack(
     path,  # of a packed .npz
 ) -> tuple:  # BytePack, labels or None, splits, classes or None
-    "What a packed file holds. `ValueError` if it is none."
+    """What a packed file holds. `ValueError` if it is none.
+
+    Args:
+        path: of a packed .npz
+
+    Returns:
+        BytePack, labels or None, splits, classes or None
+    """
     shown = repr(str(path))
     if not (Path(path).is_file() and zipfile.is_zipfile(path)):
         raise ValueError(f'{shown} is not a packed .npz (not an npz archive at all)')

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from .decoding import as_channels, find_range, from_pil, to_8_bits
-from .files import ByteFiles
+from .files import ByteFiles, listed
 from .folders import number_labels
 from .images import resize_center_crop
-from .layout import listed
 from ..ground.checks import require, shown
 
 # %% ../../nbs/data/10_given.ipynb #37cf5244
@@ -50,7 +49,16 @@ def array_images(
     channels: int | None = None,  # more than 3: so many are in the array; 1: grey
     value_range: tuple | None = None,  # (low, high) of an array that is not uint8
 ) -> Tensor:  # (N,C,H,W) uint8
-    "Images from an array. `ValueError` with what is accepted."
+    """Images from an array. `ValueError` with what is accepted.
+
+    Args:
+        x: array or tensor
+        channels: more than 3: so many are in the array; 1: grey
+        value_range: (low, high) of an array that is not uint8
+
+    Returns:
+        (N,C,H,W) uint8
+    """
     given, ok = x, 'uint8 of shape (N, H, W, 3), (N, 3, H, W) or (N, H, W)'
     if isinstance(x, Tensor) and x.dtype != torch.uint8 and value_range:
         x = x.cpu().numpy()
@@ -83,7 +91,18 @@ def given_labels(
     n: int,  # images
     classes=None,  # names of the classes; None: the words, or the numbers
 ) -> tuple:  # labels (n,), classes
-    "Labels that belong to n images."
+    """Labels that belong to n images.
+
+    Args:
+        y: numbers or words
+        n: images
+        classes: names of the classes; None: the words, or the numbers
+
+    Returns:
+        labels (n,), classes
+    """
+    if isinstance(y, (list, tuple)) and any(isinstance(v, str) for v in y):
+        y = np.array(list(y), object)  # NumPy would make words of numbers among them
     y = np.asarray(y.cpu() if isinstance(y, Tensor) else y)
     y = y[:, 0] if y.shape == (n, 1) else y  # as Keras has them
     hint = '; one of many: y.argmax(1)' if y.ndim == 2 and len(y) == n else ''
@@ -101,14 +120,22 @@ def given_labels(
 def is_path(
     x,  # anything
 ) -> bool:
-    "Whether this is a path rather than an image."
+    """Whether this is a path rather than an image.
+
+    Args:
+        x: anything
+    """
     return isinstance(x, (str, os.PathLike))
 
 
 def path_files(
     paths,  # of images
 ) -> ByteFiles:
-    "Files by their paths. `ValueError` or `FileNotFoundError` that names those that are none."
+    """Files by their paths. `ValueError` or `FileNotFoundError` that names those that are none.
+
+    Args:
+        paths: of images
+    """
     full = [os.path.abspath(os.path.expanduser(os.fspath(p))) for p in paths]
     lost = [str(p) for p, f in zip(paths, full) if not os.path.exists(f)]
     if lost:
@@ -145,8 +172,11 @@ def _pixels(x, number, value_range):
         return x
     if value_range is None:
         fine = x.dtype.kind == 'f' and -1e-3 <= x.min() and x.max() <= 1 + 1e-3
-        what = 'uint8, or floats in [0, 1] (leave out Normalize, or give value_range=)'
-        require(fine, f'image {number}', what, f'{shown(x)} from {x.min():g} to {x.max():g}')
+        if not fine:
+            raise ValueError(
+                f'image {number} must be uint8, or floats in [0, 1] (leave out Normalize, or give '
+                f'value_range=), got {x.dtype} from {x.min():g} to {x.max():g}'
+            )
         value_range = (0.0, 1.0)
     return to_8_bits(x, value_range)
 
@@ -158,7 +188,18 @@ def picture_images(
     value_range: tuple | None = None,  # (low, high) of more than 8 bits; None: found
     limit: float = float('inf'),  # bytes of pixels
 ) -> Tensor:  # (N,C,H,W) uint8
-    "Images from single pictures. `ValueError` with what would take them."
+    """Images from single pictures. `ValueError` with what would take them.
+
+    Args:
+        pictures: PIL images or arrays
+        size: pixels: resize and cut; None: they have one size
+        channels: 1 grey, 3 colours, more: so many are there
+        value_range: (low, high) of more than 8 bits; None: found
+        limit: bytes of pixels
+
+    Returns:
+        (N,C,H,W) uint8
+    """
     from PIL import Image
 
     here = pictures if isinstance(pictures, (list, tuple)) else ()  # those of a data set are not
@@ -216,10 +257,10 @@ def _label(y):
 
 def _class_names(data, key):
     "Names of the classes of a data set, or None."
-    feature = getattr(data, 'features', None)
-    if key and isinstance(feature, Mapping) and getattr(feature.get(key), 'names', None):
-        return list(feature[key].names)
     while data is not None:
+        feature = getattr(data, 'features', None)
+        if key and isinstance(feature, Mapping) and getattr(feature.get(key), 'names', None):
+            return list(feature[key].names)
         names = getattr(data, 'classes', None)
         if isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names):
             return list(names)
@@ -245,7 +286,11 @@ class _Pictures:
 def is_dataset(
     x,  # anything
 ) -> bool:
-    "Whether this is a data set of another library: it has a length, and items by number."
+    """Whether this is a data set of another library: it has a length, and items by number.
+
+    Args:
+        x: anything
+    """
     known = (str, bytes, os.PathLike, list, tuple, np.ndarray, Tensor, Mapping)
     return hasattr(x, '__len__') and hasattr(x, '__getitem__') and not isinstance(x, known)
 
@@ -253,7 +298,14 @@ def is_dataset(
 def dataset_files(
     data,  # a data set
 ) -> tuple | None:  # ByteFiles, labels, classes; None: its items must be asked for
-    "The files of a data set that only lists them, such as torchvision's ImageFolder."
+    """The files of a data set that only lists them, such as torchvision's ImageFolder.
+
+    Args:
+        data: a data set
+
+    Returns:
+        ByteFiles, labels, classes; None: its items must be asked for
+    """
     listing = getattr(data, 'samples', None)
     changed = [getattr(data, k, None) for k in ('transform', 'target_transform', 'transforms')]
     if not isinstance(listing, list) or not listing or any(c is not None for c in changed):
@@ -271,7 +323,18 @@ def dataset_images(
     value_range: tuple | None = None,  # (low, high) of more than 8 bits
     limit: float = float('inf'),  # bytes of pixels
 ) -> tuple:  # (N,C,H,W) uint8, labels or None, classes or None
-    "All images of a data set. `ValueError` with what would take them."
+    """All images of a data set. `ValueError` with what would take them.
+
+    Args:
+        data: a data set: `len(data)`, `data[i]` an image, (image, label), or a dict of them
+        size: pixels: resize and cut; None: they have one size
+        channels: 1 grey, 3 colours, more: so many are there
+        value_range: (low, high) of more than 8 bits
+        limit: bytes of pixels
+
+    Returns:
+        (N,C,H,W) uint8, labels or None, classes or None
+    """
     name, n = type(data).__name__, len(data)
     require(n > 0, 'source', 'a data set with images', f'{name} of length 0')
     try:

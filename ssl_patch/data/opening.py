@@ -11,11 +11,12 @@ import warnings
 import torch
 
 from .decoding import BandsError, decode, deep_pixels, find_range
-from .files import FileImages, short_reason
+from .files import FileImages, listed, short_reason
 from .fingerprints import in_threads
 from .headers import Header, quick_header, read_header
 from .images import Images, TensorImages
 from ..ground.checks import require
+from ..ground.text import plain
 
 # %% ../../nbs/data/05_opening.ipynb #faba2fcc
 def _header(encoded, i):
@@ -63,11 +64,6 @@ def _decode_all(encoded, heads, size, limit, channels, value_range):
     return None if other else (out, found, bad)
 
 # %% ../../nbs/data/05_opening.ipynb #fd142d34
-def _some(words, n):
-    "At most three words of n, as a list that shows that there are more."
-    return ', '.join(words[:3]) + (', ...' if n > 3 else '')
-
-
 def _check_bands(encoded, heads, bad, channels, name):
     "`ValueError` if images have bands that `channels` does not say what to do with."
     got = {i: e.bands for i, e in bad.items() if isinstance(e, BandsError)}
@@ -78,7 +74,7 @@ def _check_bands(encoded, heads, bad, channels, name):
     if got:
         most = max(got.values())
         what = '3 (the first three)' + (f' or {most} (all, for an encoder of so many)' * (most > 3))
-        names = _some([encoded.name(i) for i in sorted(got)], len(got))
+        names = listed([encoded.name(i) for i in sorted(got)])
         had = ' or '.join(map(str, sorted(set(got.values()))))
         which = f'{len(got)} of {len(encoded)} images of {name} have {had} bands ({names})'
         require(False, 'channels', f'{what}, as {which}', channels)
@@ -113,7 +109,7 @@ def _tell_pages(encoded, heads, name):
         words = [f'{encoded.name(i)}: {heads[i].pages}' for i in many[:3]]
         warnings.warn(
             f'{name}: {len(many)} of {len(encoded)} files hold several pages or frames, of which '
-            f'the first is read ({_some(words, len(many))})',
+            f'the first is read ({listed(words, len(many))})',
             stacklevel=4,
         )
 
@@ -144,7 +140,20 @@ def open_store(
     channels: int | None = None,  # 1 grey, 3 colours, more: the first bands; None: 3 if no more
     value_range: tuple | None = None,  # (low, high) of more than 8 bits; None: found
 ) -> Images:
-    "A store of encoded images, in memory or streaming; broken ones are left out and named."
+    """A store of encoded images, in memory or streaming; broken ones are left out and named.
+
+    Args:
+        encoded: ByteFiles or BytePack
+        labels: (n,) whole numbers, -1 for none; or None
+        classes: names of the classes
+        name: shown in reprs and messages
+        size: pixels: resize and cut; None keeps sizes
+        stream: decode as needed, or hold in memory; None: by `limit`
+        limit: bytes of pixels up to which they are held in memory
+        check: of a stream: look at the head of every file now
+        channels: 1 grey, 3 colours, more: the first bands; None: 3 if no more
+        value_range: (low, high) of more than 8 bits; None: found
+    """
     n = len(encoded)
     heads = _headers(encoded, [k * n // min(n, 64) for k in range(min(n, 64))])
     how = dict(channels=channels, value_range=value_range)
@@ -159,9 +168,10 @@ def open_store(
         bad = {}
     _check_bands(encoded, heads, bad, channels, name)
     skipped = [(encoded.name(i), short_reason(e)) for i, e in bad.items()]
-    listed = ', '.join(f'{n} ({r})' for n, r in skipped[:5]) + (', ...' if len(skipped) > 5 else '')
+    told = ', '.join(f'{plain(n)} ({plain(r)})' for n, r in skipped[:5])
+    told += ', ...' if len(skipped) > 5 else ''
     if len(bad) == n:
-        raise ValueError(f'{name}: none of the {n} images can be read: {listed}')
+        raise ValueError(f'{name}: none of the {n} images can be read: {told}')
     if stream is False and not whole:
         raise ValueError(
             'stream must be True or None (or give size=), '
@@ -179,7 +189,7 @@ def open_store(
         _tell_large(heads, name)
     if bad:
         warnings.warn(
-            f'{name}: {len(bad)} of {n} images cannot be read and are skipped: {listed}',
+            f'{name}: {len(bad)} of {n} images cannot be read and are skipped: {told}',
             stacklevel=3,
         )
         keep = [i for i in range(n) if i not in bad]

@@ -31,7 +31,14 @@ def photo_names() -> list[str]:
 def photo(
     name: str,  # one of `photo_names()`
 ) -> Tensor:  # (3, H, W), uint8
-    "One photograph of scikit-image's wheel. Raises ImportError without scikit-image."
+    """One photograph of scikit-image's wheel. Raises ImportError without scikit-image.
+
+    Args:
+        name: one of `photo_names()`
+
+    Returns:
+        (3, H, W), uint8
+    """
     require_choice(name, 'name', _PHOTOS)
     spec = importlib.util.find_spec('skimage')
     if spec is None:
@@ -52,7 +59,16 @@ def photo_regions(
     width: int,  # of the resized photograph, pixels
     gap: int = 8,  # pixels between the regions
 ) -> tuple:  # train, test: boxes (top, left, height, width)
-    "The left 70 % of a photograph for train crops, the right 30 % for test crops, a gap between."
+    """The left 70 % of a photograph for train crops, the right 30 % for test crops, a gap between.
+
+    Args:
+        height: of the resized photograph, pixels
+        width: of the resized photograph, pixels
+        gap: pixels between the regions
+
+    Returns:
+        train, test: boxes (top, left, height, width)
+    """
     end = int(0.7 * width) - gap // 2
     start = end + gap
     return (0, 0, height, end), (0, start, height, width - start)
@@ -81,7 +97,14 @@ def photo_crops(
     test: int = 72,  # crops of every photograph
     seed: int = 0,  # of the places of the crops
 ) -> ImageData:
-    "Crops of fourteen photographs, labelled by photograph; train and test regions do not touch."
+    """Crops of fourteen photographs, labelled by photograph; train and test regions do not touch.
+
+    Args:
+        size: pixels of a crop, 9 to 224
+        train: crops of every photograph
+        test: crops of every photograph
+        seed: of the places of the crops
+    """
     require_int(size, 'size', 9, 224, hint=', of photo crops')
     require_int(train, 'train', 1, 100_000)
     require_int(test, 'test', 1, 100_000)

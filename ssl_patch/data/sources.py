@@ -34,7 +34,11 @@ _FOLDERS = dict(cifar10='cifar-10-batches-py', cifar100='cifar-100-python', stl1
 def data_root(
     root=None,  # path; None: the environment variable SSL_PATCH_DATA, else ~/.cache/ssl_patch
 ) -> Path:
-    "The folder in which known sets are looked for."
+    """The folder in which known sets are looked for.
+
+    Args:
+        root: path; None: the environment variable SSL_PATCH_DATA, else ~/.cache/ssl_patch
+    """
     return Path(root or os.environ.get('SSL_PATCH_DATA') or '~/.cache/ssl_patch').expanduser()
 
 # %% ../../nbs/data/11_sources.ipynb #a1aff06b
@@ -258,6 +262,20 @@ def images(
 
     `labelled=False` takes sub-folders for mere folders, and adds to stl10 its unlabelled images.
     Raises `ValueError`, `FileNotFoundError` or `ImportError` that say what is accepted or missing.
+
+    Args:
+        source: a name, folder, .npz, pattern, array, list, (images, labels), data set
+        test: likewise, for data without a test part
+        size: pixels: resize and cut; None keeps sizes (photos: 32)
+        root: data folder for sets by name; None: $SSL_PATCH_DATA, else ~/.cache/ssl_patch
+        labelled: are sub-folders classes? None finds out
+        test_fraction: without a test part: this share of every class becomes test
+        seed: of that split, and of the crops of 'photos'
+        stream: decode as needed, or hold in memory; None decides by size
+        memory_limit: bytes of pixels up to which they are held in memory
+        download: may torchvision download a set that is not there?
+        channels: 1 grey, 3 colours, more: the first bands; None: 3 if no more
+        value_range: (low, high) of more than 8 bits, for black and white
     """
     require_int(size, 'size', least=1, optional=True)
     require_number(test_fraction, 'test_fraction', 0, below=1)

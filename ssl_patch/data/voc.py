@@ -89,10 +89,22 @@ def voc07(
     test: str = 'test',  # split to measure on
     difficult: int = -1,  # if a class has only difficult objects: -1 does not count, 0 not there
 ) -> tuple:  # (ImageData without labels, (train (N,20), test (M,20)) of 1, 0, -1)
-    "VOC's classification task, streamed from its folder, for `svm` and `logistic`."
+    """VOC's classification task, streamed from its folder, for `svm` and `logistic`.
+
+    Args:
+        folder: that holds VOC2007, or VOCdevkit/VOC2007, or is it
+        year: of the folder's name
+        train: split to train on
+        test: split to measure on
+        difficult: if a class has only difficult objects: -1 does not count, 0 not there
+
+    Returns:
+        (ImageData without labels, (train (N,20), test (M,20)) of 1, 0, -1)
+    """
     ok = difficult in (-1, 0)
     require(ok, 'difficult', '-1 (does not count) or 0 (not there)', difficult)
-    places = [Path(folder), Path(folder) / f'VOC{year}', Path(folder) / 'VOCdevkit' / f'VOC{year}']
+    place = Path(folder).expanduser()
+    places = [place, place / f'VOC{year}', place / 'VOCdevkit' / f'VOC{year}']
     root = next((p for p in places if (p / 'ImageSets').is_dir()), None)
     if root is None:
         raise FileNotFoundError(

@@ -19,6 +19,8 @@ from ..ground.checks import require_choice
 from ssl_patch.evaluation.features import (
     LAYERS,
     accepted_size,
+    as_floats,
+    eval_resize,
     extract,
     frozen,
     select_layer,
@@ -43,7 +45,14 @@ def _as_bytes(value):
 def hash_tensors(
     *things,  # modules, tensors, plain values
 ) -> str:  # 40 hexadecimal digits
-    "A hash of modules (structure, settings, weights), tensors and plain values."
+    """A hash of modules (structure, settings, weights), tensors and plain values.
+
+    Args:
+        *things: modules, tensors, plain values
+
+    Returns:
+        40 hexadecimal digits
+    """
     h = hashlib.sha1()
     for thing in things:
         values = [thing]
@@ -66,13 +75,24 @@ def probe_noise(
     layer: str = 'image',  # 'image' or 'patch_mean'
     amp: bool = False,  # bfloat16 autocast
 ) -> Tensor:  # (4,D)
-    "What an encoder says of four fixed pictures of noise."
+    """What an encoder says of four fixed pictures of noise.
+
+    Args:
+        encoder: to be asked
+        size: of the pictures, pixels
+        layer: 'image' or 'patch_mean'
+        amp: bfloat16 autocast
+
+    Returns:
+        (4,D)
+    """
     require_choice(layer, 'layer', LAYERS)
     place = size_and_device(encoder, size, None)[1]
     x = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0))
     half = torch.autocast(place.type, torch.bfloat16, enabled=amp)
-    with frozen(encoder), accepted_size(encoder, size), half:
-        return select_layer(encoder(x.to(place)), layer).float().cpu()
+    with frozen(encoder), accepted_size(encoder, size) as sized, half:
+        x = as_floats(sized, x.to(place))
+        return select_layer(sized(x), layer).float().cpu()
 
 # %% ../../nbs/evaluation/04_cache.ipynb #e40b8c55
 def _read_features(file):
@@ -103,9 +123,22 @@ def load_or_extract(
     how: dict,  # arguments of `extract`
     limit: int = 2**29,  # bytes of features that are still kept in memory
 ) -> Tensor:  # (N,D)
-    "`extract`, or what it gave before; the features of the last three encoders stay in memory."
+    """`extract`, or what it gave before; the features of the last three encoders stay in memory.
+
+    Args:
+        data: `ImageData`, beside which features are kept
+        encoder: on the device to compute on
+        store: one split of `data`
+        key: of encoder, images and settings
+        cache: a folder, or None
+        how: arguments of `extract`
+        limit: bytes of features that are still kept in memory
+
+    Returns:
+        (N,D)
+    """
     kept = vars(data).setdefault('_features', {})
-    file = cache and Path(cache) / f'features_{key}.npy'
+    file = cache and Path(cache).expanduser() / f'features_{key}.npy'
     x, version = kept.pop(key, (None, 0))
     if x is not None and x._version != version:
         x = None  # somebody changed them in place
@@ -130,8 +163,22 @@ def cached_features(
     hashed: str | None = None,  # `hash_tensors(encoder)`, if known
     **how,  # arguments of `extract`
 ) -> list[Tensor]:  # (N,D) of each
-    "`extract` of several splits, each from memory or from a folder where it is there."
+    """`extract` of several splits, each from memory or from a folder where it is there.
+
+    Args:
+        data: `ImageData`, beside which features are kept
+        encoder: measured where it is, or as a copy on `device`
+        stores: splits of `data`
+        cache: a folder, or None
+        hashed: `hash_tensors(encoder)`, if known
+        **how: arguments of `extract`
+
+    Returns:
+        (N,D) of each
+    """
     size, here, place = size_and_device(encoder, how.get('size'), how.get('device'))
+    if resize := eval_resize(encoder, size, how.get('resize')):
+        how = dict(how, resize=resize)
     hashed = hashed or hash_tensors(encoder)
     if place != here:
         encoder = copy.deepcopy(encoder).to(place)

@@ -31,7 +31,15 @@ def pca(
     z: Tensor,  # (N,D) features, as they are
     dims: int = 2,  # components
 ) -> tuple[Tensor, Tensor]:  # points (N,dims), and the share of variance of each component (dims,)
-    "Principal components, largest first; shares are 0 where all features are the same."
+    """Principal components, largest first; shares are 0 where all features are the same.
+
+    Args:
+        z: (N,D) features, as they are
+        dims: components
+
+    Returns:
+        points (N,dims), and the share of variance of each component (dims,)
+    """
     require_int(dims, 'dims', least=1)
     fits = z.ndim == 2 and dims <= min(z.shape)
     require(fits, 'z', f'(N,D), with N and D at least dims={dims}', z)
@@ -51,7 +59,16 @@ def reduce_dim(
     how: str = 'pca',  # 'pca', 'tsne' (scikit-learn) or 'umap' (umap-learn)
     seed: int = 0,  # of t-SNE and UMAP
 ) -> tuple[Tensor, Tensor | None]:  # points (N,2); shares of variance (2,) for PCA, else None
-    "Features of length 1 in two dimensions. ImportError where the package of `how` is missing."
+    """Features of length 1 in two dimensions. ImportError where the package of `how` is missing.
+
+    Args:
+        z: (N,D) features, any length
+        how: 'pca', 'tsne' (scikit-learn) or 'umap' (umap-learn)
+        seed: of t-SNE and UMAP
+
+    Returns:
+        points (N,2); shares of variance (2,) for PCA, else None
+    """
     reducer, z = _reducer(how, len(z), seed), F.normalize(z.float(), dim=1)
     if reducer is None:
         return pca(z)
@@ -102,7 +119,15 @@ def far_apart(
     points: Tensor,  # (N,2)
     min_distance: float,  # of the larger of the two coordinates
 ) -> Tensor:  # numbers of the points that were taken, the first of them 0
-    "Greedily, points so far from all taken before: squares of that side do not overlap."
+    """Greedily, points so far from all taken before: squares of that side do not overlap.
+
+    Args:
+        points: (N,2)
+        min_distance: of the larger of the two coordinates
+
+    Returns:
+        numbers of the points that were taken, the first of them 0
+    """
     free, taken = torch.ones(len(points), dtype=torch.bool), []
     while free.any():
         taken.append(int(free.int().argmax()))
@@ -121,7 +146,18 @@ def map_points(
     seed: int = 0,  # which images; of t-SNE and UMAP
     **extract_args,  # batch_size, device, workers, size, amp: as in `extract`
 ):  # points (n,2), shares of variance or None, colours (n,3), legend: name -> colour
-    "What `draw_map` and `map_legend` draw of one encoder."
+    """What `draw_map` and `map_legend` draw of one encoder.
+
+    Args:
+        encoder: frozen meanwhile, left as it was
+        data: `ImageData`, labelled or not
+        split: 'train' or 'test'
+        n: images; all if there are fewer
+        how: 'pca', 'tsne' or 'umap'
+        layer: 'image' or 'patch_mean'
+        seed: which images; of t-SNE and UMAP
+        **extract_args: batch_size, device, workers, size, amp: as in `extract`
+    """
     store = getattr(data, split)
     rows = sample_rows(len(store), n, seed)
     labels = None if store.labels is None else store.labels.cpu()[rows]
@@ -135,7 +171,13 @@ def map_title(
     how: str,  # 'pca', 'tsne' or 'umap'
     shares: Tensor | None,  # of variance, of PCA
 ) -> str:
-    "What the map is, in two lines."
+    """What the map is, in two lines.
+
+    Args:
+        name: of the encoder
+        how: 'pca', 'tsne' or 'umap'
+        shares: of variance, of PCA
+    """
     if how == 'pca':
         return f'{name}\nPCA, {shares.sum():.0%} of the variance'
     return f'{name}\n' + dict(tsne='t-SNE', umap='UMAP')[how]
@@ -145,7 +187,12 @@ def map_legend(
     ax,  # matplotlib axes
     legend: dict,  # name -> colour
 ):
-    "Names of colours, right of the axes."
+    """Names of colours, right of the axes.
+
+    Args:
+        ax: matplotlib axes
+        legend: name -> colour
+    """
     from matplotlib.lines import Line2D
 
     dot = dict(ls='', marker='o', ms=4.5, mec='none')
@@ -160,7 +207,15 @@ def draw_map(
     thumbnail=None,  # function from the number of a point to its image (3,h,w); None: no pictures
     side: float = 13,  # width of a thumbnail, points (of 1/72 inch)
 ):
-    "Points of a map, with small pictures at some of them."
+    """Points of a map, with small pictures at some of them.
+
+    Args:
+        ax: matplotlib axes
+        points: (N,2)
+        colors: (N,3) in [0,1]
+        thumbnail: function from the number of a point to its image (3,h,w); None: no pictures
+        side: width of a thumbnail, points (of 1/72 inch)
+    """
     alpha = 0.9 if thumbnail is None else 0.35
     ax.scatter(*points.T.numpy(), s=7, c=colors.numpy(), alpha=alpha, linewidths=0)
     ax.set_aspect('equal', adjustable='datalim')
@@ -197,7 +252,19 @@ def show_embedding(
     layer: str = 'image',  # 'image' or 'patch_mean'
     **extract_args,  # batch_size, device, workers, size, amp: as in `extract`
 ):  # -> matplotlib Figure
-    "Features of length 1 in two dimensions, coloured by class. Errors come before any work."
+    """Features of length 1 in two dimensions, coloured by class. Errors come before any work.
+
+    Args:
+        encoders: an encoder, or a dict name -> encoder
+        data: `ImageData`, labelled or not
+        how: 'pca', 'tsne' or 'umap'
+        n: images; all if there are fewer
+        split: 'train', 'test'; None: test where there is one
+        seed: which images; of t-SNE and UMAP
+        thumbnails: also small pictures at some of the points
+        layer: 'image' or 'patch_mean'
+        **extract_args: batch_size, device, workers, size, amp: as in `extract`
+    """
     encoders = named_encoders(encoders, extract_args.get('size'))
     split = which_split(data, split)
     store = getattr(data, split)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..ground.checks import require, require_int, require_number, require_shape
 from .features import size_and_device
-from .protocol import evaluate, top1
+from .protocol import check_extract_args, evaluate, label_chance, score_labels
 from .records import Record
 
 # %% ../../nbs/evaluation/06_knn.ipynb #a5dfe463
@@ -41,7 +41,19 @@ def topk_similar(
     bank_chunk: int = 16384,  # bank entries at a time
     device=None,  # where to compute; None: where the queries are
 ) -> tuple[Tensor, Tensor]:  # cosine similarities (Q,k), largest first, and bank indices (Q,k)
-    "The `k` most similar bank entries of every query, exact, in memory of chunk x bank_chunk."
+    """The `k` most similar bank entries of every query, exact, in memory of chunk x bank_chunk.
+
+    Args:
+        queries: (Q,D) features, any length
+        bank: (N,D) features, any length
+        k: neighbours
+        chunk: queries at a time
+        bank_chunk: bank entries at a time
+        device: where to compute; None: where the queries are
+
+    Returns:
+        cosine similarities (Q,k), largest first, and bank indices (Q,k)
+    """
     for name, n in (('k', k), ('chunk', chunk), ('bank_chunk', bank_chunk)):
         require_int(n, name, 1)
     require_shape(bank, 'bank', ('N', 'D'))
@@ -70,7 +82,17 @@ def vote(
     n_classes: int,  # C
     T: float = 0.07,  # temperature: small trusts the nearest, large counts heads
 ) -> Tensor:  # (Q,C) scores, each row sums to 1
-    "Share of the votes `exp(s/T)` that every class gets (weighted kNN of InstDisc and DINO)."
+    """Share of the votes `exp(s/T)` that every class gets (weighted kNN of InstDisc and DINO).
+
+    Args:
+        sims: (Q,k) similarities
+        labels: (Q,k) labels of those neighbours, 0 to n_classes-1
+        n_classes: C
+        T: temperature: small trusts the nearest, large counts heads
+
+    Returns:
+        (Q,C) scores, each row sums to 1
+    """
     require_int(n_classes, 'n_classes', 1)
     require_number(T, 'T', above=0)
     w = ((sims - sims.amax(1, keepdim=True)) / T).exp()
@@ -88,7 +110,22 @@ def knn_predict(
     bank_chunk: int = 16384,  # bank entries at a time
     device=None,  # where to compute; None: where the queries are
 ) -> Tensor:  # (Q,) predicted labels
-    "Weighted kNN, exact (InstDisc; DINO). ValueError if k exceeds the bank or labels do not fit."
+    """Weighted kNN, exact (InstDisc; DINO). ValueError if k exceeds the bank or labels do not fit.
+
+    Args:
+        queries: (Q,D) features to classify
+        bank: (N,D) features with known labels
+        bank_labels: (N,) whole numbers from 0
+        k: neighbours that vote
+        T: temperature of the votes
+        n_classes: None: largest label + 1
+        chunk: queries at a time
+        bank_chunk: bank entries at a time
+        device: where to compute; None: where the queries are
+
+    Returns:
+        (Q,) predicted labels
+    """
     require_number(T, 'T', above=0)
     require_shape(bank_labels, 'bank_labels', (len(bank),), meaning=', one for each bank entry')
     lowest, highest = int(bank_labels.min()), int(bank_labels.max())
@@ -108,18 +145,37 @@ def knn(
     name: str | None = None,  # which encoder this is; None: its tower, or 'encoder'
     seed: int = 0,  # of the random encoder, and for the record
     baselines: bool = True,  # also raw pixels and random weights
+    metric: str = 'top-1',  # or 'mean per class'
     **more,  # overlap, out, batch_size, device, workers, size, resize, amp, cache: as in `evaluate`
 ) -> Record:
-    "Weighted kNN accuracy of a frozen encoder (InstDisc; DINO). ValueError before any work."
+    """Weighted kNN accuracy of a frozen encoder (InstDisc; DINO). ValueError before any work.
+
+    Args:
+        encoder: to be measured; frozen meanwhile, left as it was
+        data: `ImageData` with labels; its train split is the bank, its test split asks
+        k: neighbours that vote
+        T: temperature of the votes
+        layer: 'image' or 'patch_mean'
+        name: which encoder this is; None: its tower, or 'encoder'
+        seed: of the random encoder, and for the record
+        baselines: also raw pixels and random weights
+        metric: or 'mean per class'
+        **more: overlap, out, batch_size, device, workers, size, resize, amp, cache: as in
+            `evaluate`
+    """
     require_int(k, 'k', 1)
     require_number(T, 'T', above=0)
+    check_extract_args('knn', more, encoder)
+    chance = label_chance(metric)
     device = more.get('device') or size_and_device(encoder, 1, None)[1]
 
     def score(x, y, u, v, n_classes):
-        return top1(knn_predict(u, x, y, k, T, n_classes, device=device), v)
+        pred = knn_predict(u, x, y, k, T, n_classes, device=device)
+        return score_labels(pred, v, metric, n_classes)
 
-    how = (layer, name, seed, baselines)
-    return evaluate(score, encoder, data, 'kNN', dict(k=k, T=T), *how, least=k, **more)
+    how = (layer, name, seed, baselines, metric)
+    more |= dict(least=k, chance=chance)
+    return evaluate(score, encoder, data, 'kNN', dict(k=k, T=T), *how, **more)
 
 # %% ../../nbs/evaluation/06_knn.ipynb #82b2cab6
 knn_settings = {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..ground.checks import require_int, require_number
 from .features import size_and_device
-from .protocol import evaluate, top1
+from .protocol import check_extract_args, evaluate, label_chance, score_labels
 from .records import Record
 
 # %% ../../nbs/evaluation/07_linear.ipynb #342a0c68
@@ -23,7 +23,15 @@ def standardise(
     train: Tensor,  # (N,D) features
     *others: Tensor,  # (M,D) more features, treated the same way
 ) -> list[Tensor]:  # all: zero mean, unit variance and mean squared row length 1, on `train`
-    "Subtract the train mean, divide by train deviation and sqrt(D); what does not vary becomes 0."
+    """Subtract the train mean, divide by train deviation and sqrt(D); what does not vary becomes 0.
+
+    Args:
+        train: (N,D) features
+        *others: (M,D) more features, treated the same way
+
+    Returns:
+        all: zero mean, unit variance and mean squared row length 1, on `train`
+    """
     std, mean = torch.std_mean(train, dim=0, correction=0)
     scale = torch.where(std > 1e-6 * mean.abs(), 1 / std, 0.0) / train.shape[1] ** 0.5
     return [(x - mean) * scale for x in (train, *others)]
@@ -34,7 +42,16 @@ def linear_gradients(
     x: Tensor,  # (B,D) features
     y: Tensor,  # (B,) labels
 ) -> tuple[Tensor, Tensor]:  # for the weights (C,D) and the bias (C,)
-    "Gradients of the mean cross-entropy; to the bit those of autograd."
+    """Gradients of the mean cross-entropy; to the bit those of autograd.
+
+    Args:
+        head: D features -> C scores
+        x: (B,D) features
+        y: (B,) labels
+
+    Returns:
+        for the weights (C,D) and the bias (C,)
+    """
     logp = F.log_softmax(head(x), 1)
     slope = torch.zeros_like(logp).scatter_(1, y[:, None], -1 / len(y))  # of the loss for logp
     # for the scores: (p - t) / B
@@ -46,7 +63,11 @@ def linear_gradients(
 def one_thread(
     work: int,  # multiplications in a step
 ):
-    "One thread inside the block if a step has fewer than 1e8 multiplications."
+    """One thread inside the block if a step has fewer than 1e8 multiplications.
+
+    Args:
+        work: multiplications in a step
+    """
     threads = torch.get_num_threads()
     if work < 1e8:
         torch.set_num_threads(1)
@@ -62,7 +83,14 @@ def check_fit(
     batch_size: int,  # at least 1
     weight_decay: float,  # at least 0
 ):
-    "ValueError for settings that `fit_linear` cannot work with."
+    """ValueError for settings that `fit_linear` cannot work with.
+
+    Args:
+        epochs: at least 1
+        lr: above 0
+        batch_size: at least 1
+        weight_decay: at least 0
+    """
     require_int(epochs, 'epochs', 1)
     require_number(lr, 'lr', above=0)
     require_int(batch_size, 'batch_size', 1)
@@ -79,7 +107,21 @@ def fit_linear(
     weight_decay: float = 0.0,  # L2 on the weights, not on the bias
     seed: int = 0,  # of the start and of the order; equal seed, equal result
 ) -> nn.Linear:  # the classifier after the last step, on the device of x
-    "Logistic regression by SGD, momentum 0.9, cosine per step. ValueError for bad settings."
+    """Logistic regression by SGD, momentum 0.9, cosine per step. ValueError for bad settings.
+
+    Args:
+        x: (N,D) features, standardised
+        y: (N,) labels, 0 to n_classes-1
+        n_classes: C
+        epochs: passes over the features
+        lr: highest learning rate, at the start of the cosine
+        batch_size: rows per step
+        weight_decay: L2 on the weights, not on the bias
+        seed: of the start and of the order; equal seed, equal result
+
+    Returns:
+        the classifier after the last step, on the device of x
+    """
     require_int(n_classes, 'n_classes', 1)
     check_fit(epochs, lr, batch_size, weight_decay)
     g = torch.Generator().manual_seed(seed)
@@ -113,16 +155,35 @@ def linear_probe_cached(
     name: str | None = None,  # which encoder this is; None: its tower, or 'encoder'
     seed: int = 0,  # of the probe, of the random encoder, and for the record
     baselines: bool = True,  # also raw pixels and random weights
+    metric: str = 'top-1',  # or 'mean per class'
     **more,  # overlap, out, and device, workers, size, resize, amp, cache: as in `evaluate`
 ) -> Record:
-    "Accuracy at the last epoch of a linear layer on cached features. ValueError before any work."
+    """Accuracy at the last epoch of a linear layer on cached features. ValueError before any work.
+
+    Args:
+        encoder: to be measured; frozen meanwhile, left as it was
+        data: `ImageData` with labels: trained on its train split, measured on its test split
+        epochs: passes over the cached train features
+        lr: highest learning rate, for standardised features
+        batch_size: features per step
+        weight_decay: L2 on the weights
+        layer: 'image' or 'patch_mean'
+        name: which encoder this is; None: its tower, or 'encoder'
+        seed: of the probe, of the random encoder, and for the record
+        baselines: also raw pixels and random weights
+        metric: or 'mean per class'
+        **more: overlap, out, and device, workers, size, resize, amp, cache: as in `evaluate`
+    """
     check_fit(epochs, lr, batch_size, weight_decay)
+    check_extract_args('linear_probe_cached', more, encoder)
+    chance = label_chance(metric)
     device = more.get('device') or size_and_device(encoder, 1, None)[1]
 
     def score(x, y, u, v, n_classes):
         x, u = standardise(x.to(device), u.to(device))
         head = fit_linear(x, y.to(device), n_classes, epochs, lr, batch_size, weight_decay, seed)
-        return top1(head(u).argmax(1), v)
+        return score_labels(head(u).argmax(1), v, metric, n_classes)
 
     settings = dict(epochs=epochs, lr=lr, batch_size=batch_size, weight_decay=weight_decay)
-    return evaluate(score, encoder, data, 'linear', settings, layer, name, seed, baselines, **more)
+    how = (layer, name, seed, baselines, metric)
+    return evaluate(score, encoder, data, 'linear', settings, *how, chance=chance, **more)

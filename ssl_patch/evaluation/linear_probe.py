@@ -29,19 +29,45 @@ from ..views.loader import generator_for
 from .cache import cached_features
 from ssl_patch.evaluation.features import (
     RawPixels,
+    accepted_size,
+    as_floats,
     batches_of,
+    eval_resize,
     frozen,
     select_layer,
     size_and_device,
 )
 from .linear import linear_gradients, one_thread
-from .protocol import evaluate, labelled_splits, top1
+from ssl_patch.evaluation.protocol import (
+    check_extract_args,
+    evaluate,
+    label_chance,
+    labelled_splits,
+    score_labels,
+)
 from .records import Record
 
 # %% ../../nbs/evaluation/08_linear_probe.ipynb #060f7d5c
 @dataclass(frozen=True)
 class LinearProbeConfig:
-    "How a linear classifier is trained on a frozen encoder. ValueError for numbers that cannot be."
+    """How a linear classifier is trained on a frozen encoder. ValueError for numbers that cannot
+    be.
+
+    Args:
+        epochs: passes over train
+        batch_size: images per step
+        lr: highest learning rate
+        lr_batch: batch size `lr` is meant for: scaled by batch_size / lr_batch
+        schedule: 'steps', 'cosine' (in every step), or 'cosine per epoch'
+        drops: 'steps': x 0.1 after these shares of the epochs
+        momentum: of SGD
+        nesterov: its look-ahead form
+        weight_decay: L2 on weights and bias
+        start: 'normal': weights N(0, 0.01^2), bias 0; 'torch': nn.Linear's own
+        scale: area of the crop / of the image; None: whole, as for test
+        pad: black frame around the image, pixels, out of which a window is cut
+        flip: chance of a mirror image
+    """
 
     epochs: int = 100  # passes over train
     batch_size: int = 256  # images per step
@@ -97,7 +123,13 @@ def linear_rate(
     step: int,  # from 0
     per_epoch: int,  # steps in an epoch
 ) -> float:
-    "Learning rate of one step."
+    """Learning rate of one step.
+
+    Args:
+        config: lr, lr_batch, schedule, drops, epochs
+        step: from 0
+        per_epoch: steps in an epoch
+    """
     top = config.lr * (config.batch_size / config.lr_batch if config.lr_batch else 1)
     epoch = step // per_epoch
     if config.schedule == 'steps':
@@ -114,7 +146,16 @@ def pad_crop(
     pad: int,  # pixels of black on each side
     generator: torch.Generator | None = None,  # on the CPU
 ) -> Tensor:  # (B,C,H,W)
-    "A random window of the padded image, for each its own: RandomCrop(size, padding=pad)."
+    """A random window of the padded image, for each its own: RandomCrop(size, padding=pad).
+
+    Args:
+        x: (B,C,H,W)
+        pad: pixels of black on each side
+        generator: on the CPU
+
+    Returns:
+        (B,C,H,W)
+    """
     B, C, H, W = x.shape
     top, left = torch.randint(2 * pad + 1, (2, B, 1), generator=generator).to(x.device)
     rows, cols = top + torch.arange(H, device=x.device), left + torch.arange(W, device=x.device)
@@ -134,7 +175,18 @@ def augment_batch(
     resize: int | None,  # short side before the cut, where the whole image is taken
     generator: torch.Generator | None,  # on the CPU
 ) -> Tensor:  # (B,3,size,size), floats in [0,1]
-    "Views of train images, for each image its own; the same for a batch and for a list."
+    """Views of train images, for each image its own; the same for a batch and for a list.
+
+    Args:
+        x: uint8 (B,3,H,W), or a list of (3,H,W) that may differ in size
+        config: scale, pad, flip
+        size: of the views, pixels
+        resize: short side before the cut, where the whole image is taken
+        generator: on the CPU
+
+    Returns:
+        (B,3,size,size), floats in [0,1]
+    """
     whole = isinstance(x, Tensor)
     if config.scale is None:
         if whole:
@@ -200,15 +252,15 @@ class _Epochs:
         for x in loader(stream, batch_size=None, sampler=numbered, num_workers=self.workers):
             yield x.to(self.device)
 
-    def features(self, x):
-        return select_layer(self.encoder(x), self.layer).float()
+    def features(self, encoder, x):
+        return select_layer(encoder(as_floats(encoder, x)), self.layer).float()
 
     def encode(self, batches, epoch):
         "Features of each batch, and its image numbers."
         for x, b in zip(self.views(batches, epoch), batches):
             half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
-            with frozen(self.encoder), half:
-                pieces = [self.features(p) for p in batches_of(x, self.device)]
+            with frozen(self.encoder), accepted_size(self.encoder, self.size) as sized, half:
+                pieces = [self.features(sized, p) for p in batches_of(x, self.device)]
             yield torch.cat(pieces), b
 
     def fresh(self, epoch):
@@ -231,7 +283,19 @@ def train_head(
     config: LinearProbeConfig,  # how
     seed: int = 0,  # of the start
 ) -> nn.Linear:  # the classifier after the last step
-    "Train a linear classifier on features that come batch by batch."
+    """Train a linear classifier on features that come batch by batch.
+
+    Args:
+        epoch: function: number of an epoch -> batches of (features (b,D), image numbers (b,))
+        y: (N,) labels, on the device of the features
+        dim: D
+        n_classes: C
+        config: how
+        seed: of the start
+
+    Returns:
+        the classifier after the last step
+    """
     g = torch.Generator().manual_seed(seed)
     head = nn.utils.skip_init(nn.Linear, dim, n_classes)
     with torch.no_grad():
@@ -275,14 +339,32 @@ def linear_probe(
     name: str | None = None,  # which encoder this is; None: its tower, or 'encoder'
     seed: int = 0,  # of views, order and start, of the random encoder, and for the record
     baselines: bool = True,  # also raw pixels and random weights, trained the same way
+    metric: str = 'top-1',  # or 'mean per class'
     **more,  # fields of `LinearProbeConfig` (epochs, lr, ...); overlap, out, device, ...
 ) -> Record:
-    "Linear classification of augmented images by a frozen encoder; top-1 at the last epoch."
+    """Linear classification of augmented images by a frozen encoder; top-1 at the last epoch.
+
+    Args:
+        encoder: to be measured; frozen meanwhile, left as it was
+        data: labelled: trained on its train split, measured on its test split
+        config: a name in `linear_probe_configs`, or your own
+        views: None: new views in every epoch, as published; n: n cached passes
+        layer: 'image' or 'patch_mean'
+        name: which encoder this is; None: its tower, or 'encoder'
+        seed: of views, order and start, of the random encoder, and for the record
+        baselines: also raw pixels and random weights, trained the same way
+        metric: or 'mean per class'
+        **more: fields of `LinearProbeConfig` (epochs, lr, ...); overlap, out, device, ...
+    """
     called, config, more = _with_options(config, more)
+    check_extract_args('linear_probe', more, encoder)
+    chance = label_chance(metric)
     require_int(views, 'views', 1, optional=True)
     n = len(labelled_splits(data, layer)[0])
     config = replace(config, batch_size=min(config.batch_size, n))  # a rate for a batch follows it
     size, _, device = size_and_device(encoder, more.get('size'), more.get('device'))
+    if resize := eval_resize(encoder, size, more.get('resize')):
+        more = dict(more, resize=resize)
     how = {k: more[k] for k in ('resize', 'workers', 'amp') if k in more}
     cached = {k: more[k] for k in ('device', 'cache') if k in more} | how
 
@@ -301,10 +383,10 @@ def linear_probe(
         work = config.batch_size * u.shape[1] * n_classes
         with one_thread(work) if views else nullcontext():
             head = train_head(scaled, y.to(device), u.shape[1], n_classes, config, seed)
-        return top1(head(u.to(device) / length).argmax(1), v)
+        return score_labels(head(u.to(device) / length).argmax(1), v, metric, n_classes)
 
     numbers = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
     settings = dict(config=called, views=views or 'fresh', **numbers)
-    own = (layer, name, seed, baselines)
-    more = dict(more, with_network=True, train_features=False)
+    own = (layer, name, seed, baselines, metric)
+    more = dict(more, with_network=True, train_features=False, chance=chance)
     return evaluate(score, encoder, data, 'linear, augmented', settings, *own, **more)

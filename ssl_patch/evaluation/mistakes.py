@@ -41,7 +41,21 @@ def knn_confusion(
     classes: int | None = None,  # C; None: largest label + 1
     device=None,  # where to compute; None: where the features are
 ) -> Tensor:  # (C,C) counts; row: truth, column: answer
-    "Confusion matrix of weighted kNN. ValueError if k exceeds the bank or a label is no class."
+    """Confusion matrix of weighted kNN. ValueError if k exceeds the bank or a label is no class.
+
+    Args:
+        x: (N,D) features of the bank
+        y: (N,) their labels
+        u: (M,D) features to classify
+        v: (M,) their true labels
+        k: neighbours that vote
+        T: temperature of the votes
+        classes: C; None: largest label + 1
+        device: where to compute; None: where the features are
+
+    Returns:
+        (C,C) counts; row: truth, column: answer
+    """
     highest = int(max(y.max(), v.max()))
     classes = classes or highest + 1
     what = f'above the largest label: labels go up to {highest}'
@@ -54,7 +68,15 @@ def mistakes(
     matrix: Tensor,  # (C,C) counts; row: truth, column: answer
     n: int = 3,  # at most so many
 ) -> list:  # (class, answer, how often), most frequent first
-    "The most frequent confusions."
+    """The most frequent confusions.
+
+    Args:
+        matrix: (C,C) counts; row: truth, column: answer
+        n: at most so many
+
+    Returns:
+        (class, answer, how often), most frequent first
+    """
     wrong = matrix.clone().fill_diagonal_(0).flatten()
     best = wrong.argsort(descending=True, stable=True)[:n].tolist()
     C = len(matrix)
@@ -68,7 +90,15 @@ def labelled_banks(
     overlap: str,  # copies of test in train: 'refuse', 'drop' or 'keep'
     k: int,  # neighbours that are needed
 ):  # the `CheckedSplits` of kNN, the number of classes, and a note
-    "What kNN of all encoders is measured on. ValueError unless it can be asked, as in `knn`."
+    """What kNN of all encoders is measured on. ValueError unless it can be asked, as in `knn`.
+
+    Args:
+        encoders: name -> encoder
+        data: `ImageData` with labels and a test split
+        layer: 'image' or 'patch_mean'
+        overlap: copies of test in train: 'refuse', 'drop' or 'keep'
+        k: neighbours that are needed
+    """
     every = [checked_splits(data, layer, None, e, overlap, k) for e in encoders.values()]
     leaks = dict.fromkeys(splits.notes[0] for splits in every)
     splits = every[0]  # the same for all
@@ -84,7 +114,17 @@ def confusions(
     overlap: str = 'refuse',  # copies of test in train: 'refuse', 'drop' or 'keep'
     **extract_args,  # batch_size, device, workers, size, amp: as in `extract`
 ):  # name -> (C,C) counts; (C,) whether train has a class; chance; a note
-    "Confusion matrices of weighted kNN, and what is said below them. ValueError before any work."
+    """Confusion matrices of weighted kNN, and what is said below them. ValueError before any work.
+
+    Args:
+        encoders: name -> encoder
+        data: `ImageData` with labels and a test split
+        k: neighbours that vote
+        T: temperature of the votes
+        layer: 'image' or 'patch_mean'
+        overlap: copies of test in train: 'refuse', 'drop' or 'keep'
+        **extract_args: batch_size, device, workers, size, amp: as in `extract`
+    """
     (train, test, y, v, *_), C, leak = labelled_banks(encoders, data, layer, overlap, k)
     found = {}
     for name, e in encoders.items():
@@ -106,7 +146,19 @@ def draw_confusion(
     in_train: Tensor,  # (C,) whether train has a class
     chance: float,  # of the accuracy
 ) -> str:  # the most frequent confusions, in words
-    "A confusion matrix in per cent of each true class, with the accuracy of each at the right."
+    """A confusion matrix in per cent of each true class, with the accuracy of each at the right.
+
+    Args:
+        ax: matplotlib axes
+        name: of the encoder
+        matrix: (C,C) counts; row: truth, column: answer
+        data: `ImageData` with the names of the classes
+        in_train: (C,) whether train has a class
+        chance: of the accuracy
+
+    Returns:
+        the most frequent confusions, in words
+    """
     there = (matrix.sum(1) > 0) | in_train
     names = [shortened(n) for n in _class_names(data, len(matrix))]
     names = [n if t else f'{n}*' for n, t in zip(names, in_train.tolist())]
@@ -172,7 +224,17 @@ def show_confusion(
     overlap: str = 'refuse',  # copies of test in train: 'refuse', 'drop', 'keep', as in `knn`
     **extract_args,  # batch_size, device, workers, size, amp: as in `extract`
 ):  # -> matplotlib Figure
-    "Confusion matrix of weighted kNN, per cent of each true class. ValueError before any work."
+    """Confusion matrix of weighted kNN, per cent of each true class. ValueError before any work.
+
+    Args:
+        encoders: an encoder, or a dict name -> encoder
+        data: `ImageData` with labels and a test split
+        k: neighbours that vote
+        T: temperature of the votes
+        layer: 'image' or 'patch_mean'
+        overlap: copies of test in train: 'refuse', 'drop', 'keep', as in `knn`
+        **extract_args: batch_size, device, workers, size, amp: as in `extract`
+    """
     require_int(k, 'k', least=1)
     require_number(T, 'T', above=0)
     encoders = named_encoders(encoders, extract_args.get('size'))
@@ -196,7 +258,21 @@ def knn_curve(
     classes: int | None = None,  # C; None: largest label + 1
     device=None,  # where to compute; None: where the features are
 ) -> Tensor:  # accuracies (len(ks),), or (len(T), len(ks)) for several temperatures
-    "Weighted kNN accuracy for every k, from one search. ValueError for no k, a k above N, T <= 0."
+    """Weighted kNN accuracy for every k, from one search. ValueError for no k, a k above N, T <= 0.
+
+    Args:
+        x: (N,D) features of the bank
+        y: (N,) their labels
+        u: (M,D) features to classify
+        v: (M,) their true labels
+        ks: numbers of neighbours, in any order
+        T: temperature, or several
+        classes: C; None: largest label + 1
+        device: where to compute; None: where the features are
+
+    Returns:
+        accuracies (len(ks),), or (len(T), len(ks)) for several temperatures
+    """
     ks, Ts = _check_curve(ks, T)
     sims, inds = topk_similar(u, x, max(ks), device=device)
     near, v = y.to(inds.device).long()[inds], v.to(inds.device)
@@ -233,7 +309,19 @@ def knn_curves(
     baselines: bool = True,  # also raw pixels and random weights
     **extract_args,  # batch_size, device, workers, size, amp: as in `extract`
 ):  # name -> (accuracies (len(T),len(ks)), whether it is a reference); ks, Ts, chance, a note
-    "What `draw_knn_curves` draws, and a note on copies. ValueError before any work."
+    """What `draw_knn_curves` draws, and a note on copies. ValueError before any work.
+
+    Args:
+        encoders: name -> encoder
+        data: `ImageData` with labels and a test split
+        ks: numbers of neighbours; None: 1, 2, 5, ... 200, as far as the bank has them
+        T: temperature, or several
+        layer: 'image' or 'patch_mean'
+        overlap: copies of test in train: 'refuse', 'drop' or 'keep'
+        seed: of the random weights
+        baselines: also raw pixels and random weights
+        **extract_args: batch_size, device, workers, size, amp: as in `extract`
+    """
     usual = ks is None
     ks, Ts = _check_curve((1,) if usual else ks, T)
     (train, test, y, v, *_), C, leak = labelled_banks(encoders, data, layer, overlap, max(ks))
@@ -257,7 +345,15 @@ def draw_knn_curves(
     Ts: list,  # temperatures
     chance: float,  # accuracy of a constant answer
 ):
-    "Accuracy against k; colour: encoder, line style: temperature."
+    """Accuracy against k; colour: encoder, line style: temperature.
+
+    Args:
+        ax: matplotlib axes
+        found: name -> (accuracies (len(Ts),len(ks)), whether it is a reference)
+        ks: numbers of neighbours
+        Ts: temperatures
+        chance: accuracy of a constant answer
+    """
     styles, colors = ['-', '--', ':', '-.'], palette({name: f[-1] for name, f in found.items()})
     line = dict(marker='o', ms=2.5, lw=1.2)
     for name, (curve, is_reference) in found.items():
@@ -285,7 +381,19 @@ def show_knn_curve(
     overlap: str = 'refuse',  # copies of test in train: 'refuse', 'drop', 'keep', as in `knn`
     **extract_args,  # batch_size, device, workers, size, amp: as in `extract`
 ):  # -> matplotlib Figure
-    "Weighted kNN accuracy against k. ValueError before any work if kNN cannot be asked."
+    """Weighted kNN accuracy against k. ValueError before any work if kNN cannot be asked.
+
+    Args:
+        encoders: an encoder, or a dict name -> encoder
+        data: `ImageData` with labels and a test split
+        ks: numbers of neighbours; None: 1, 2, 5, 10, ... 200, as far as the bank has them
+        T: temperature, or several
+        layer: 'image' or 'patch_mean'
+        baselines: also raw pixels and random weights, in grey
+        seed: of the random weights
+        overlap: copies of test in train: 'refuse', 'drop', 'keep', as in `knn`
+        **extract_args: batch_size, device, workers, size, amp: as in `extract`
+    """
     encoders = named_encoders(encoders, extract_args.get('size'))
     how = dict(extract_args, layer=layer, overlap=overlap, seed=seed, baselines=baselines)
     found, ks, Ts, chance, leak = knn_curves(encoders, data, ks, T, **how)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .cache import cached_features, hash_tensors
-from .features import RawPixels, size_and_device
+from .features import RawPixels, eval_resize, size_and_device
 from ..ground.checks import require, require_choice, require_int
 from ..views.loader import generator_for
 
@@ -23,7 +23,15 @@ def named_encoders(
     encoders,  # an encoder, or a dict name -> encoder
     size: int | None = None,  # input size, pixels; None: each encoder's own
 ) -> dict:  # name -> encoder
-    "Encoders by name. ValueError if there is none, or one of them is no encoder."
+    """Encoders by name. ValueError if there is none, or one of them is no encoder.
+
+    Args:
+        encoders: an encoder, or a dict name -> encoder
+        size: input size, pixels; None: each encoder's own
+
+    Returns:
+        name -> encoder
+    """
     found = encoders if isinstance(encoders, dict) else {'encoder': encoders}
     what = 'an encoder, or a dict name -> encoder, not an empty dict'
     require(len(found), 'encoders', what, found)
@@ -36,7 +44,15 @@ def which_split(
     data,  # `ImageData`
     split: str | None = None,  # 'train', 'test'; None: test where there is one
 ) -> str:  # 'train' or 'test'
-    "The split that a figure looks at. ValueError for one that is not there."
+    """The split that a figure looks at. ValueError for one that is not there.
+
+    Args:
+        data: `ImageData`
+        split: 'train', 'test'; None: test where there is one
+
+    Returns:
+        'train' or 'test'
+    """
     require_choice(split, 'split', ('train', 'test', None))
     if split == 'test' and data.test is None:
         raise ValueError(f"split='test': {data.name!r} has no test split; split='train' has images")
@@ -48,7 +64,16 @@ def sample_rows(
     n: int,  # images wanted
     seed: int,  # which
 ) -> Tensor:  # (min(n, total),) ascending
-    "Numbers of `n` images drawn by `seed`; all if n is larger."
+    """Numbers of `n` images drawn by `seed`; all if n is larger.
+
+    Args:
+        total: images there are
+        n: images wanted
+        seed: which
+
+    Returns:
+        (min(n, total),) ascending
+    """
     require_int(n, 'n', least=1)
     if n >= total:
         return torch.arange(total)
@@ -60,9 +85,18 @@ def extract_settings(
     layer: str,  # 'image' or 'patch_mean'
     extract_args: dict,  # batch_size, device, workers, size, amp
 ) -> dict:
-    "The arguments of `extract`, as the protocols give them, so that features are shared with them."
+    """The arguments of `extract`, as the protocols give them, so that features are shared with
+    them.
+
+    Args:
+        encoder: whose features are wanted
+        layer: 'image' or 'patch_mean'
+        extract_args: batch_size, device, workers, size, amp
+    """
     size = size_and_device(encoder, extract_args.get('size'), None)[0]
-    return dict(extract_args, layer=layer, size=size)
+    resize = eval_resize(encoder, size, extract_args.get('resize'))
+    own = dict(layer=layer, size=size) | (dict(resize=resize) if resize else {})
+    return extract_args | own
 
 
 def sampled_features(
@@ -72,7 +106,18 @@ def sampled_features(
     encoder: nn.Module,  # frozen meanwhile, left as it was
     **settings,  # from `extract_settings`
 ) -> Tensor:  # (n,D)
-    "Features of these images; the whole split is remembered, unless it is ten times larger."
+    """Features of these images; the whole split is remembered, unless it is ten times larger.
+
+    Args:
+        data: `ImageData`
+        split: 'train' or 'test'
+        rows: (n,) numbers of its images
+        encoder: frozen meanwhile, left as it was
+        **settings: from `extract_settings`
+
+    Returns:
+        (n,D)
+    """
     store = getattr(data, split)
     if len(store) > 10 * len(rows):
         return cached_features(data, encoder, [store.subset(rows)], **settings)[0]
@@ -86,13 +131,26 @@ def references(
     size: int | None = None,  # input size, pixels; None: each encoder's own
     pixels: bool = True,  # also raw pixels
 ) -> dict:  # name -> encoder
-    "Raw pixels and random twins that are not among the encoders themselves."
+    """Raw pixels and random twins that are not among the encoders themselves.
+
+    Args:
+        encoders: name -> encoder
+        data: `ImageData`; raw pixels are normalised by its statistics
+        seed: of the random weights
+        size: input size, pixels; None: each encoder's own
+        pixels: also raw pixels
+
+    Returns:
+        name -> encoder
+    """
     there = {hash_tensors(e) for e in encoders.values()}
     twins, found = {}, {}
     for name, e in encoders.items():
         own_size, device, _ = size_and_device(e, size, None)
         if pixels:
-            found.setdefault('raw pixels', RawPixels(own_size, data.mean, data.std).to(device))
+            raw = RawPixels(own_size, data.mean, data.std).to(device)
+            raw.resize = eval_resize(e, own_size)  # the same pictures as the encoder
+            found.setdefault('raw pixels', raw)
         if hasattr(e, 'reinitialized'):
             twin = e.reinitialized(seed).to(device)
             twins.setdefault(hash_tensors(twin), (name, twin))
@@ -106,14 +164,26 @@ def reference_layer(
     encoder: nn.Module,  # one of `references`
     layer: str,  # that of the encoders, 'image' or 'patch_mean'
 ) -> str:
-    "The layer of a reference: raw pixels have only 'image'."
+    """The layer of a reference: raw pixels have only 'image'.
+
+    Args:
+        encoder: one of `references`
+        layer: that of the encoders, 'image' or 'patch_mean'
+    """
     return 'image' if isinstance(encoder, RawPixels) else layer
 
 # %% ../../nbs/evaluation/12_panels.ipynb #4e60a9ed
 def palette(
     is_reference: dict,  # name -> whether it is a reference
 ) -> dict:  # name -> matplotlib colour
-    "A colour for every encoder; references are grey."
+    """A colour for every encoder; references are grey.
+
+    Args:
+        is_reference: name -> whether it is a reference
+
+    Returns:
+        name -> matplotlib colour
+    """
     greys = iter(['.5', '.3', '.65'] * len(is_reference))
     colors = iter(f'C{i}' for i in range(len(is_reference)))
 
@@ -131,7 +201,14 @@ def panels(
     tall: float,  # of one, inches
     columns: int = 3,  # side by side, at most
 ):  # the matplotlib figure, and a list of its axes
-    "A closed figure with n axes."
+    """A closed figure with n axes.
+
+    Args:
+        n: axes
+        wide: of one, inches
+        tall: of one, inches
+        columns: side by side, at most
+    """
     import matplotlib.pyplot as plt
 
     cols = min(n, columns)
@@ -149,7 +226,13 @@ def plain_axes(
     x: str,  # label
     y: str,  # label
 ):
-    "Small labels, no frame at the top and at the right."
+    """Small labels, no frame at the top and at the right.
+
+    Args:
+        ax: matplotlib axes
+        x: label
+        y: label
+    """
     ax.set_xlabel(x, fontsize=7.5)
     ax.set_ylabel(y, fontsize=7.5)
     ax.tick_params(labelsize=7)
@@ -161,7 +244,13 @@ def side_legend(
     *handles_and_labels,  # as matplotlib's `legend` takes them; none: what the axes have
     **kw,  # more of matplotlib's `legend`
 ):  # the legend
-    "A legend right of the axes."
+    """A legend right of the axes.
+
+    Args:
+        ax: matplotlib axes
+        *handles_and_labels: as matplotlib's `legend` takes them; none: what the axes have
+        **kw: more of matplotlib's `legend`
+    """
     place = dict(loc='center left', bbox_to_anchor=(1, 0.5), borderaxespad=0.2)
     return ax.legend(*handles_and_labels, fontsize=6.5, frameon=False, **place, **kw)
 
@@ -170,7 +259,12 @@ def small_print(
     fig,  # matplotlib figure
     *lines: str,  # broken to its width; empty ones are left out
 ):
-    "Small print below a figure."
+    """Small print below a figure.
+
+    Args:
+        fig: matplotlib figure
+        *lines: broken to its width; empty ones are left out
+    """
     text = '\n'.join(fill(line, int(17 * fig.get_figwidth())) for line in lines if line)
     if text:
         fig.supxlabel(text, fontsize=6.5, color='.3')
@@ -179,7 +273,11 @@ def small_print(
 def joined(
     *parts: str,  # empty ones are left out
 ) -> str:
-    "What is known of a picture, in one line."
+    """What is known of a picture, in one line.
+
+    Args:
+        *parts: empty ones are left out
+    """
     return '; '.join(filter(None, parts))
 
 
@@ -187,7 +285,12 @@ def shortened(
     word: str,  # of a class, say
     n: int = 13,  # letters, at most
 ) -> str:
-    "A word that fits."
+    """A word that fits.
+
+    Args:
+        word: of a class, say
+        n: letters, at most
+    """
     return word if len(word) <= n else word[: n - 1] + '…'
 
 # %% ../../nbs/evaluation/12_panels.ipynb #50a47f76
@@ -198,7 +301,15 @@ def picture_table(
     title: str = '',  # above the figure
     wide: float = 1.3,  # of a column, inches
 ):  # the matplotlib figure
-    "A row per picture: the picture, then what `draw` makes of every column."
+    """A row per picture: the picture, then what `draw` makes of every column.
+
+    Args:
+        pictures: (N,3,H,W) uint8, or float in [0,1]
+        columns: heading -> anything
+        draw: function (axes, number of the picture, columns[heading])
+        title: above the figure
+        wide: of a column, inches
+    """
     import matplotlib.pyplot as plt
 
     words, rows = ['image', *columns], len(pictures)
@@ -227,7 +338,16 @@ def require_columns(
     name: str,  # of the argument
     n: int,  # pictures
 ) -> dict:  # heading -> (N,rows,columns)
-    "Columns of a picture table by heading. ValueError unless each has an entry for each picture."
+    """Columns of a picture table by heading. ValueError unless each has an entry for each picture.
+
+    Args:
+        given: (N,rows,columns), or a dict heading -> such
+        name: of the argument
+        n: pictures
+
+    Returns:
+        heading -> (N,rows,columns)
+    """
     given = given if isinstance(given, dict) else {name: given}
     require(len(given), name, 'a tensor, or a dict of at least one', given)
     for heading, v in given.items():

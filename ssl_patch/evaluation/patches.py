@@ -14,10 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .features import accepted_size, architecture, frozen, size_and_device
+from ssl_patch.evaluation.features import (
+    accepted_size,
+    architecture,
+    as_floats,
+    frozen,
+    size_and_device,
+)
 from .linear import check_fit, fit_linear, standardise
 from .metrics import confusion, count_labels, iou, label_chunks
 from .panels import named_encoders, picture_table, require_columns
+from .protocol import random_twin
 from .records import Record
 from ..ground.checks import require, require_choice, require_int
 from ..models.encoders import Features
@@ -37,17 +44,29 @@ def whole_features(
     batch_size: int = 32,  # images at a time
     device=None,  # where to compute; None: where the encoder is
 ) -> Features:  # image (N,D), patches (N,M,D), float32 on the CPU, and grid (rows, cols)
-    "Image vectors and patches. ValueError: bad arguments, no patches, some that are not finite."
+    """Image vectors and patches. ValueError: bad arguments, no patches, some that are not finite.
+
+    Args:
+        encoder: returns `Features`; frozen meanwhile, left as it was
+        images: (N,3,H,W) uint8; resized (antialiased) to a square
+        size: side of that square, pixels; None: `encoder.size`
+        batch_size: images at a time
+        device: where to compute; None: where the encoder is
+
+    Returns:
+        image (N,D), patches (N,M,D), float32 on the CPU, and grid (rows, cols)
+    """
     require_int(batch_size, 'batch_size', least=1)
     _check_images(images, 'images')
     size, here, device = size_and_device(encoder, size, device)
     if device != here:
         encoder = copy.deepcopy(encoder).to(device)
     found = []
-    with frozen(encoder), accepted_size(encoder, size):
+    with frozen(encoder), accepted_size(encoder, size) as sized:
         for x in images.split(batch_size):
             x = x.to(device).float() / 255
-            out = encoder(F.interpolate(x, (size, size), mode='bilinear', antialias=True))
+            x = F.interpolate(x, (size, size), mode='bilinear', antialias=True)
+            out = sized(as_floats(sized, x))
             require(hasattr(out, 'patches'), 'encoder', 'one that returns Features', type(out))
             found.append((out.image.float().cpu(), out.patches.float().cpu()))
     image, patches = (torch.cat(t) for t in zip(*found))
@@ -67,13 +86,30 @@ def patch_features(
     batch_size: int = 32,  # images at a time
     device=None,  # where to compute; None: where the encoder is
 ) -> tuple[Tensor, tuple]:  # features (N, rows*cols, D) float32 on the CPU, and (rows, cols)
-    "Features of every patch, of `whole_features`."
+    """Features of every patch, of `whole_features`.
+
+    Args:
+        encoder: returns `Features`; frozen meanwhile, left as it was
+        images: (N,3,H,W) uint8; resized (antialiased) to a square
+        size: side of that square, pixels; None: `encoder.size`
+        batch_size: images at a time
+        device: where to compute; None: where the encoder is
+
+    Returns:
+        features (N, rows*cols, D) float32 on the CPU, and (rows, cols)
+    """
     found = whole_features(encoder, images, size, batch_size, device)
     return found.patches, found.grid
 
 # %% ../../nbs/evaluation/13_patches.ipynb #f8c5453b
 class RawPatches(nn.Module):
-    "The baseline of patches: the pixels of every patch of a grid, average-pooled to 4 x 4 colours."
+    """The baseline of patches: the pixels of every patch of a grid, average-pooled to 4 x 4
+    colours.
+
+    Args:
+        size: side of the input, pixels
+        grid: (rows, cols)
+    """
 
     def __init__(
         self,
@@ -96,7 +132,17 @@ def patch_labels(
     classes: int,  # C; labels are 0 to C-1
     ignore: int | None = None,  # label of pixels that do not count
 ) -> Tensor:  # (N, rows*cols) int64, row-major; -1 where no pixel counts
-    "Majority class of every patch; of equal ones the smaller. ValueError for what is no class."
+    """Majority class of every patch; of equal ones the smaller. ValueError for what is no class.
+
+    Args:
+        masks: (N,H,W) whole numbers
+        grid: (rows, cols)
+        classes: C; labels are 0 to C-1
+        ignore: label of pixels that do not count
+
+    Returns:
+        (N, rows*cols) int64, row-major; -1 where no pixel counts
+    """
     (rows, cols), (H, W) = grid, masks.shape[1:]
     r = (2 * torch.arange(H) + 1) * rows // (2 * H)
     c = (2 * torch.arange(W) + 1) * cols // (2 * W)
@@ -148,7 +194,25 @@ def predict_masks(
     seed: int = 0,  # of the probe
     device=None,  # where to compute; None: where the encoder is
 ) -> Tensor:  # (M,H,W) predicted classes, uint8 (int32 above 256 classes)
-    "Masks by a linear layer on frozen patch features: scores enlarged bilinearly, then argmax."
+    """Masks by a linear layer on frozen patch features: scores enlarged bilinearly, then argmax.
+
+    Args:
+        encoder: returns `Features`; frozen meanwhile, left as it was
+        train: images (N,3,H,W) uint8 and masks (N,H,W)
+        images: (M,3,H,W) uint8, to be segmented
+        classes: C
+        ignore: label of pixels that do not count
+        size: images are resized to this square, pixels; None: `encoder.size`
+        epochs: passes over the patches
+        lr: highest learning rate, for standardised features
+        batch_size: patches per step
+        weight_decay: L2 on the weights
+        seed: of the probe
+        device: where to compute; None: where the encoder is
+
+    Returns:
+        (M,H,W) predicted classes, uint8 (int32 above 256 classes)
+    """
     settings = dict(epochs=epochs, lr=lr, batch_size=batch_size, weight_decay=weight_decay)
     _check_segmentation(train, classes, ignore, **settings)
     device = size_and_device(encoder, size, device)[2]
@@ -175,7 +239,17 @@ def position_prior(
     classes: int,  # C
     ignore: int | None = None,  # label of pixels that do not count
 ) -> Tensor:  # (M,H,W), M times the same
-    "Most frequent training class of every pixel; where none was seen, the most frequent of all."
+    """Most frequent training class of every pixel; where none was seen, the most frequent of all.
+
+    Args:
+        masks: (N,H,W) of the training images
+        shape: (M,H,W) of the answer; another H and W are read off by nearest neighbour
+        classes: C
+        ignore: label of pixels that do not count
+
+    Returns:
+        (M,H,W), M times the same
+    """
     seen = torch.zeros(classes, *masks.shape[1:], dtype=torch.long)
     for m in label_chunks(masks, classes, ignore):
         for c in range(classes):
@@ -210,7 +284,27 @@ def linear_segmentation(
     baselines: bool = True,  # also raw pixels, place alone and `encoder.reinitialized(seed)`
     device=None,  # where to compute; None: where the encoder is
 ) -> Record:
-    "Linear segmentation on frozen patch features. ValueError before any work."
+    """Linear segmentation on frozen patch features. ValueError before any work.
+
+    Args:
+        encoder: to be measured: returns `Features`; frozen meanwhile, left as it was
+        train: images (N,3,H,W) uint8 and masks (N,H,W)
+        test: images (M,3,H,W) uint8 and masks (M,H,W)
+        classes: C; labels are 0 to C-1
+        ignore: label of pixels that do not count
+        size: side of the input, pixels; None: `encoder.size`. Masks keep theirs
+        epochs: passes over the patches
+        lr: highest learning rate, for standardised features
+        batch_size: patches per step
+        weight_decay: L2 on the weights
+        metric: or 'pixel accuracy'
+        name: which encoder this is: 'online', 'momentum', ...
+        data: name of the data, for the record
+        note: what the masks mean, for the record
+        seed: of the probe, of the random encoder, and for the record
+        baselines: also raw pixels, place alone and `encoder.reinitialized(seed)`
+        device: where to compute; None: where the encoder is
+    """
     require_choice(metric, 'metric', _SCORES)
     settings = dict(epochs=epochs, lr=lr, batch_size=batch_size, weight_decay=weight_decay)
     _check_segmentation(train, classes, ignore, **settings)
@@ -229,8 +323,8 @@ def linear_segmentation(
         grid = patch_features(encoder, test[0][:1], size, device=device)[1]
         beside['raw pixels'] = probe(RawPatches(size, grid))
         beside['place alone'] = score(position_prior(train[1], test[1].shape, classes, ignore))
-        if hasattr(encoder, 'reinitialized'):
-            beside['random encoder'] = probe(encoder.reinitialized(seed))
+        if (twin := random_twin(encoder, seed)) is not None:
+            beside['random encoder'] = probe(twin)
     return Record(
         'linear segmentation',
         value,
@@ -256,7 +350,14 @@ def draw_masks(
     classes: int,  # C; every class has its colour
     ignore: int | None = None,  # drawn white, as all that is no class
 ):  # -> matplotlib Figure, a row per image
-    "Images beside their masks: truth, predictions. ValueError if they do not fit."
+    """Images beside their masks: truth, predictions. ValueError if they do not fit.
+
+    Args:
+        images: (N,3,H,W) uint8, or float in [0,1]
+        masks: (N,H,W) whole numbers, or a dict name -> such
+        classes: C; every class has its colour
+        ignore: drawn white, as all that is no class
+    """
     import matplotlib.pyplot as plt
 
     colormap = plt.get_cmap('tab10' if classes <= 10 else 'tab20')
@@ -282,7 +383,17 @@ def show_masks(
     size: int | None = None,  # side of the input, pixels; None: each encoder's own
     **settings,  # epochs, lr, batch_size, weight_decay, seed, device: as in `predict_masks`
 ):  # -> matplotlib Figure, a row per test image
-    "What linear segmentation answers, beside the truth. ValueError before any work."
+    """What linear segmentation answers, beside the truth. ValueError before any work.
+
+    Args:
+        encoders: an encoder that returns `Features`, or a dict name -> encoder
+        train: images (N,3,H,W) uint8 and masks (N,H,W), to fit on
+        test: images (M,3,H,W) uint8 and masks (M,H,W), to show
+        classes: C; every class has its colour
+        ignore: label of pixels that do not count; drawn white
+        size: side of the input, pixels; None: each encoder's own
+        **settings: epochs, lr, batch_size, weight_decay, seed, device: as in `predict_masks`
+    """
     encoders = named_encoders(encoders, size)
     _check_masks('test', test, classes, ignore)
     masks = {'truth': test[1]}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..data.images import ImageData
 from .features import size_and_device
 from .knn import topk_similar
-from .protocol import evaluate, labelled_splits
+from .protocol import check_extract_args, evaluate, labelled_splits
 from .records import Record, Score
 from ..ground.checks import require, require_choice, require_int
 
@@ -29,7 +29,20 @@ def recall_at(
     own: bool = False,  # queries are the gallery, in the same order: nobody finds itself
     device=None,  # where to compute; None: where the queries are
 ) -> Tensor:  # bool (Q, len(k)): was the class found among the k nearest?
-    "R@k of every query, exact. ValueError if the gallery has fewer than k."
+    """R@k of every query, exact. ValueError if the gallery has fewer than k.
+
+    Args:
+        queries: (Q,D) features, any length
+        gallery: (N,D) features, any length
+        y: (Q,) labels of the queries
+        labels: (N,) labels of the gallery
+        k: how many nearest
+        own: queries are the gallery, in the same order: nobody finds itself
+        device: where to compute; None: where the queries are
+
+    Returns:
+        bool (Q, len(k)): was the class found among the k nearest?
+    """
     _, i = topk_similar(queries, gallery, max(k) + own, device=device)
     if own:
         other = i != torch.arange(len(i), device=i.device)[:, None]
@@ -48,7 +61,20 @@ def ranking_precision(
     device=None,  # where to compute; None: where the queries are
     numbers: int = 2**24,  # similarities held at a time
 ) -> Tensor:  # (Q,) float32; 0 where the gallery lacks the class
-    "Average precision (area) of every query over all of the gallery; ties in the gallery's order."
+    """Average precision (area) of every query over all of the gallery; ties in the gallery's order.
+
+    Args:
+        queries: (Q,D) features, any length
+        gallery: (N,D) features, any length
+        y: (Q,) labels of the queries
+        labels: (N,) labels of the gallery
+        own: queries are the gallery, in the same order: nobody finds itself
+        device: where to compute; None: where the queries are
+        numbers: similarities held at a time
+
+    Returns:
+        (Q,) float32; 0 where the gallery lacks the class
+    """
     device, out = device or queries.device, []
     g, labels = F.normalize(gallery.to(device).float(), dim=1), labels.to(device)
     place = torch.arange(1, len(gallery) + 1, device=device)
@@ -76,7 +102,14 @@ def retrieval_chance(
     k: int | None = None,  # R@k; None: mAP
     own: bool = False,  # queries are the gallery
 ) -> float:
-    "Expected R@k, or mAP, of a random order of the gallery."
+    """Expected R@k, or mAP, of a random order of the gallery.
+
+    Args:
+        y: (Q,) labels of the queries
+        labels: (N,) labels of the gallery
+        k: R@k; None: mAP
+        own: queries are the gallery
+    """
     n, own = len(labels) - own, int(own)
     u = y.unique()
     r = (labels[None] == u[:, None]).sum(1).double() - own
@@ -102,8 +135,25 @@ def retrieval(
     baselines: bool = True,  # also raw pixels and random weights
     **more,  # overlap, out, batch_size, device, workers, size, resize, amp, cache: see `evaluate`
 ) -> Record:  # the other R@k are in `chosen`; mAP only if asked for, as it sorts all of the gallery
-    "Image retrieval by cosine similarity. ValueError before any work if something does not fit."
+    """Image retrieval by cosine similarity. ValueError before any work if something does not fit.
+
+    Args:
+        encoder: to be measured; frozen meanwhile, left as it was
+        data: labelled; its test split asks
+        k: for R@k
+        metric: the record's value: 'R@k' with a k from above, or 'mAP'
+        gallery: what is searched: 'train', or 'test' without the query
+        layer: 'image' or 'patch_mean'
+        name: which encoder this is; None: its tower, or 'encoder'
+        seed: of the random encoder, and for the record
+        baselines: also raw pixels and random weights
+        **more: overlap, out, batch_size, device, workers, size, resize, amp, cache: see `evaluate`
+
+    Returns:
+        the other R@k are in `chosen`; mAP only if asked for, as it sorts all of the gallery
+    """
     k, own = _check_retrieval(k, metric, gallery), gallery == 'test'
+    check_extract_args('retrieval', more, encoder)
     room = len(labelled_splits(data, layer)[own]) - own
     require(k[-1] <= room, 'k', f'at most {room}: the gallery has only {room} images', k[-1])
     device = size_and_device(encoder, more.get('size'), more.get('device'))[2]

@@ -45,7 +45,21 @@ def show_representation(
     overlap: str = 'refuse',  # copies of test in train: 'refuse', 'drop', 'keep', as in `knn`
     **extract_args,  # batch_size, device, workers, size, amp: as in `extract`
 ):  # -> matplotlib Figure
-    "Map, confusion matrix, kNN curve and spectrum of one encoder. ValueError before any work."
+    """Map, confusion matrix, kNN curve and spectrum of one encoder. ValueError before any work.
+
+    Args:
+        encoder: an encoder, or a dict name -> encoder with one; frozen meanwhile, left as it was
+        data: `ImageData`, best with labels and a test split
+        name: what to call the encoder; None: its tower, or 'encoder'
+        k: neighbours that vote, in the confusion matrix
+        T: temperature of the votes
+        n: images of the map, the spectrum, alignment and uniformity
+        layer: 'image' or 'patch_mean'
+        seed: which images, of the views and of the random weights
+        baselines: also raw pixels and random weights, in grey
+        overlap: copies of test in train: 'refuse', 'drop', 'keep', as in `knn`
+        **extract_args: batch_size, device, workers, size, amp: as in `extract`
+    """
     require_int(k, 'k', least=1)
     require_number(T, 'T', above=0)
     require_int(n, 'n', least=1)

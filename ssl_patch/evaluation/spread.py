@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ssl_patch.evaluation.features import (
     LAYERS,
     accepted_size,
+    as_floats,
     frozen,
     select_layer,
     size_and_device,
@@ -51,7 +52,22 @@ def alignment_uniformity(
     size: int | None = None,  # input size, pixels; None: `encoder.size`
     device=None,  # where to compute; None: where the encoder is
 ) -> tuple[float, float]:  # alignment (0 to 4), uniformity (0 or less); lower is better for both
-    "Wang & Isola 2020 on two views of n images; uniformity is the mean over both views."
+    """Wang & Isola 2020 on two views of n images; uniformity is the mean over both views.
+
+    Args:
+        encoder: frozen meanwhile, left as it was
+        data: `ImageData`, labelled or not
+        augmentation: of both views; None: MoCo's, for the encoder's size
+        n: images; all if there are fewer. Takes n*n/2 distances
+        split: 'train', 'test'; None: test where there is one
+        layer: 'image' or 'patch_mean'
+        seed: which images, and of the views
+        size: input size, pixels; None: `encoder.size`
+        device: where to compute; None: where the encoder is
+
+    Returns:
+        alignment (0 to 4), uniformity (0 or less); lower is better for both
+    """
     require_choice(layer, 'layer', LAYERS)
     size, here, device = size_and_device(encoder, size, device)
     augmentation = _of_size(augmentation, size)
@@ -63,9 +79,10 @@ def alignment_uniformity(
 
     def features(g):
         views = _one_view_each(store, augmentation, g, device)
-        return torch.cat([select_layer(encoder(x), layer).float() for x in views])
+        found = (select_layer(encoder(as_floats(encoder, x)), layer) for x in views)
+        return torch.cat([z.float() for z in found])
 
-    with frozen(encoder), accepted_size(encoder, size):
+    with frozen(encoder), accepted_size(encoder, size) as encoder:
         a, b = (features(generator_for('view', i, seed)) for i in (0, 1))
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ValueError('encoder: some features of views are not finite')
@@ -104,7 +121,20 @@ def show_alignment_uniformity(
     size: int | None = None,  # input size, pixels; None: that of each encoder
     device=None,  # where to compute; None: where each encoder is
 ):  # -> matplotlib Figure
-    "Encoders as points: alignment to the right, uniformity upwards; lower is better."
+    """Encoders as points: alignment to the right, uniformity upwards; lower is better.
+
+    Args:
+        encoders: an encoder, or a dict name -> encoder
+        data: `ImageData`, labelled or not
+        augmentation: of both views; None: MoCo's, for the encoder's size
+        n: images; all if there are fewer
+        split: 'train', 'test'; None: test where there is one
+        layer: 'image' or 'patch_mean'
+        seed: which images, of the views, and of the random weights
+        baselines: also raw pixels and random weights, in grey
+        size: input size, pixels; None: that of each encoder
+        device: where to compute; None: where each encoder is
+    """
     encoders, split = named_encoders(encoders, size), which_split(data, split)
     sizes = [size_and_device(e, size, None)[0] for e in encoders.values()]
     used = sorted({_of_size(augmentation, s).name for s in sizes})
@@ -177,7 +207,14 @@ def _covered(box, taken, frame):
 def spectrum(
     z: Tensor,  # (N,D) features, any length
 ) -> Tensor:  # (min(N,D),) eigenvalues, largest first; their sum is 1, or 0 without variance
-    "Eigenvalues of the covariance of L2-normalised features, divided by their sum (Jing et al.)."
+    """Eigenvalues of the covariance of L2-normalised features, divided by their sum (Jing et al.).
+
+    Args:
+        z: (N,D) features, any length
+
+    Returns:
+        (min(N,D),) eigenvalues, largest first; their sum is 1, or 0 without variance
+    """
     require(z.ndim == 2 and len(z) >= 2, 'z', '(N,D) features of at least 2 images', z)
     z = F.normalize(z.double(), dim=1)
     z = z - z.mean(0)
@@ -197,7 +234,18 @@ def spectra(
     baselines: bool = True,  # also random weights
     **extract_args,  # batch_size, device, workers, size, amp: as in `extract`
 ):  # name -> (eigenvalues, effective rank, dimensions, whether it is a reference); images used
-    "What `draw_spectra` draws. ValueError before any work for bad arguments."
+    """What `draw_spectra` draws. ValueError before any work for bad arguments.
+
+    Args:
+        encoders: name -> encoder
+        data: `ImageData`, labelled or not
+        split: 'train' or 'test'
+        n: images; all if there are fewer
+        layer: 'image' or 'patch_mean'
+        seed: which images, and of the random weights
+        baselines: also random weights
+        **extract_args: batch_size, device, workers, size, amp: as in `extract`
+    """
     rows, found = sample_rows(len(getattr(data, split)), n, seed), {}
     require(len(rows) >= 2, 'n', 'at least 2 images', len(rows))
     size = extract_args.get('size')
@@ -213,7 +261,12 @@ def draw_spectra(
     ax,  # matplotlib axes
     found: dict,  # name -> (eigenvalues, effective rank, dimensions, whether it is a reference)
 ):
-    "Shares of variance against their rank, both axes logarithmic."
+    """Shares of variance against their rank, both axes logarithmic.
+
+    Args:
+        ax: matplotlib axes
+        found: name -> (eigenvalues, effective rank, dimensions, whether it is a reference)
+    """
     colors = palette({name: f[-1] for name, f in found.items()})
     for name, (values, rank, dim, is_reference) in found.items():
         look = dict(color=colors[name], lw=1.4, zorder=2 - is_reference)
@@ -234,7 +287,18 @@ def show_spectrum(
     seed: int = 0,  # which images, and of the random weights
     **extract_args,  # batch_size, device, workers, size, amp: as in `extract`
 ):  # -> matplotlib Figure
-    "Eigenvalues of the covariance of L2-normalised features, and the effective rank."
+    """Eigenvalues of the covariance of L2-normalised features, and the effective rank.
+
+    Args:
+        encoders: an encoder, or a dict name -> encoder
+        data: `ImageData`, labelled or not
+        n: images; all if there are fewer. No more than n - 1 directions can be seen
+        split: 'train', 'test'; None: test where there is one
+        layer: 'image' or 'patch_mean'
+        baselines: also random weights, in grey
+        seed: which images, and of the random weights
+        **extract_args: batch_size, device, workers, size, amp: as in `extract`
+    """
     encoders, split = named_encoders(encoders, extract_args.get('size')), which_split(data, split)
     how = dict(extract_args, layer=layer, seed=seed, baselines=baselines)
     found, n = spectra(encoders, data, split, n, **how)

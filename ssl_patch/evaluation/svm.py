@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..data.images import ImageData
 from .logistic import require_sklearn
 from .metrics import AP_KINDS, average_precision, mean_average_precision
-from .protocol import evaluate, labelled_splits
+from .protocol import check_extract_args, evaluate, labelled_splits
 from .records import Record, Score
 from ..ground.checks import require, require_choice, require_int, require_number
 
@@ -26,7 +26,14 @@ def fit_svm(
     C: float = 0.5,  # inverse strength of the penalty
     seed: int = 0,  # of the solver's order
 ):  # a fitted scikit-learn LinearSVC
-    "Linear SVM of VOC07: squared hinge, L2, class weights 2 and 1, dual, at most 2000 rounds."
+    """Linear SVM of VOC07: squared hinge, L2, class weights 2 and 1, dual, at most 2000 rounds.
+
+    Args:
+        x: (N,D) features, of length 1
+        y: (N,) 1 or 0
+        C: inverse strength of the penalty
+        seed: of the solver's order
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.svm import LinearSVC
 
@@ -44,7 +51,17 @@ def choose_C(
     Cs: tuple,  # to choose from
     seed: int = 0,  # of the folds
 ) -> float:  # the smallest of the best
-    "C with the best average precision (area) in 3-fold cross-validation."
+    """C with the best average precision (area) in 3-fold cross-validation.
+
+    Args:
+        x: (N,D) features, of length 1
+        y: (N,) 1 or 0, at least three of each
+        Cs: to choose from
+        seed: of the folds
+
+    Returns:
+        the smallest of the best
+    """
     from sklearn.model_selection import StratifiedKFold
 
     folds = list(StratifiedKFold(3, shuffle=True, random_state=seed).split(x, y))
@@ -63,7 +80,17 @@ def draw_shots(
     seed: int = 0,  # which
     negatives: str = 'shared',  # what was drawn for all classes; 'own': (C-1) k for each class
 ) -> list[Tensor]:  # for each class, numbers of its train images; drawn for two classes: twice
-    "Low-shot training sets, one a class (PCL; Goyal et al. 2019). ValueError: fewer than `k`."
+    """Low-shot training sets, one a class (PCL; Goyal et al. 2019). ValueError: fewer than `k`.
+
+    Args:
+        targets: (N,C) of 1, 0, -1
+        k: positives drawn for each class; at least so many there must be
+        seed: which
+        negatives: what was drawn for all classes; 'own': (C-1) k for each class
+
+    Returns:
+        for each class, numbers of its train images; drawn for two classes: twice
+    """
     require_int(k, 'k', least=1)
     require_choice(negatives, 'negatives', ('shared', 'own'))
     counts = (targets == 1).sum(0)
@@ -153,8 +180,28 @@ def svm(
     baselines: bool = True,  # also raw pixels and random weights
     **more,  # overlap, out, batch_size, device, workers, size, resize, amp, cache: see `evaluate`
 ) -> Record:  # `chosen`: the C of every class, or the mAP of every draw
-    "mAP of one linear SVM per class (VOC07). ValueError before any work; needs scikit-learn."
+    """mAP of one linear SVM per class (VOC07). ValueError before any work; needs scikit-learn.
+
+    Args:
+        encoder: to be measured; frozen meanwhile, left as it was
+        data: with labels or `targets`: fitted on train, measured on test
+        targets: (train (N,C), test (M,C)) of 1, 0, -1; None: label against rest
+        C: inverse penalty; of several, each class chooses its own in 3 folds
+        shots: so many positives per class; None: all of train
+        draws: random draws of them, averaged
+        negatives: for shots: 'shared' (PCL) or 'own', see `draw_shots`
+        kind: average precision: 'interpolated' (PCL), 'area', '11-point'
+        layer: 'image' or 'patch_mean'
+        name: which encoder this is; None: its tower, or 'encoder'
+        seed: of the solver, folds and draws, of the random encoder, and for the record
+        baselines: also raw pixels and random weights
+        **more: overlap, out, batch_size, device, workers, size, resize, amp, cache: see `evaluate`
+
+    Returns:
+        `chosen`: the C of every class, or the mAP of every draw
+    """
     Cs = _check_svm(C, shots, draws, kind, negatives)
+    check_extract_args('svm', more, encoder)
     if targets is None:
         targets = _one_vs_rest(data, layer)
 

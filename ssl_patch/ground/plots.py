@@ -21,7 +21,14 @@ VIEWS = (VIEW1, VIEW2, '#009E73', '#CC79A7', '#56B4E9', '#D55E00')  # of several
 def as_picture(
     x: Tensor,  # (3,H,W) uint8, or float in [0,1]
 ) -> Tensor:  # (H,W,3) float in [0,1], on the CPU
-    "An image as matplotlib likes it."
+    """An image as matplotlib likes it.
+
+    Args:
+        x: (3,H,W) uint8, or float in [0,1]
+
+    Returns:
+        (H,W,3) float in [0,1], on the CPU
+    """
     x = x.detach().cpu()
     return (x / 255 if x.dtype == torch.uint8 else x.float().clamp(0, 1)).permute(1, 2, 0)
 
@@ -31,7 +38,13 @@ def canvas(
     picture: Tensor,  # (H,W,3), as from `as_picture`
     title: str = '',  # text above it
 ):
-    "An image without axes, pixel (0,0) with its corner at (0,0)."
+    """An image without axes, pixel (0,0) with its corner at (0,0).
+
+    Args:
+        ax: matplotlib axes
+        picture: (H,W,3), as from `as_picture`
+        title: text above it
+    """
     ax.imshow(
         picture.numpy(),
         extent=(0, picture.shape[1], picture.shape[0], 0),
@@ -46,7 +59,13 @@ def rectangles(
     boxes: Tensor,  # (K,4) top, left, height, width, pixels
     **kw,  # of matplotlib's `PatchCollection`, such as facecolor
 ):
-    "Draw boxes; pixel (0,0) has its corner at (0,0)."
+    """Draw boxes; pixel (0,0) has its corner at (0,0).
+
+    Args:
+        ax: matplotlib axes
+        boxes: (K,4) top, left, height, width, pixels
+        **kw: of matplotlib's `PatchCollection`, such as facecolor
+    """
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
@@ -61,7 +80,15 @@ def lines(
     color: str,  # of the lines
     width: float = 1.8,  # points
 ):
-    "Draw lines between points, with a white rim that keeps them legible on any photograph."
+    """Draw lines between points, with a white rim that keeps them legible on any photograph.
+
+    Args:
+        ax: matplotlib axes
+        starts: (K,2) x, y
+        ends: (K,2) x, y
+        color: of the lines
+        width: points
+    """
     from matplotlib.collections import LineCollection
     from matplotlib.patheffects import Normal, Stroke
 
@@ -77,7 +104,14 @@ def framed(
     title: str = '',  # text above it
     color: str | None = None,  # of the frame; None: no frame
 ):
-    "Draw one image, with a coloured frame where `color` is given."
+    """Draw one image, with a coloured frame where `color` is given.
+
+    Args:
+        ax: matplotlib axes
+        x: (3,H,W) uint8, or float in [0,1]
+        title: text above it
+        color: of the frame; None: no frame
+    """
     smooth = 'antialiased' if max(x.shape[1:]) > 128 else 'nearest'
     ax.imshow(as_picture(x).numpy(), interpolation=smooth)
     ax.set_title(title, fontsize=9)
@@ -93,7 +127,14 @@ def box_with_arrow(
     flip: bool,  # whether the view is mirrored: the arrow then points left
     color: str,  # of box and arrow
 ):
-    "A box on its source image, and an arrow that runs from the left of the view to its right."
+    """A box on its source image, and an arrow that runs from the left of the view to its right.
+
+    Args:
+        ax: matplotlib axes of the source image
+        box: (4,) top, left, height, width, pixels
+        flip: whether the view is mirrored: the arrow then points left
+        color: of box and arrow
+    """
     from matplotlib.patches import Rectangle
 
     t, l, h, w = box.tolist()

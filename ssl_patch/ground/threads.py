@@ -14,7 +14,11 @@ WAIT_VARIABLES = ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME')
 
 
 def calm_threads() -> bool:  # False where a user has decided, or torch is loaded already
-    "Let waiting CPU threads sleep rather than spin. Call it where a process starts, before torch."
+    """Let waiting CPU threads sleep rather than spin. Call it where a process starts, before torch.
+
+    Returns:
+        False where a user has decided, or torch is loaded already
+    """
     if 'torch' in sys.modules or any(v in os.environ for v in WAIT_VARIABLES):
         return False
     os.environ['OMP_WAIT_POLICY'] = 'passive'

@@ -29,7 +29,13 @@ def check_sampling(
     num_draws: int,  # draws per image
     disjoint: bool = True,  # whether the draws of an image share no patch
 ):
-    "`ValueError` for numbers out of range, and for more disjoint draws than there are patches."
+    """`ValueError` for numbers out of range, and for more disjoint draws than there are patches.
+
+    Args:
+        keep_ratio: share of the patches that a draw keeps
+        num_draws: draws per image
+        disjoint: whether the draws of an image share no patch
+    """
     require_number(keep_ratio, 'keep_ratio', above=0, most=1)
     require_int(num_draws, 'num_draws', 1)
     if disjoint:
@@ -43,7 +49,15 @@ def num_kept(
     grid: int | Sequence[int],  # patches per side, or (rows, cols)
     keep_ratio: float,  # share of the patches to keep: s
 ) -> int:  # k
-    "Patches kept, `floor(s * rows * cols)`. `ValueError` for a ratio that keeps none."
+    """Patches kept, `floor(s * rows * cols)`. `ValueError` for a ratio that keeps none.
+
+    Args:
+        grid: patches per side, or (rows, cols)
+        keep_ratio: share of the patches to keep: s
+
+    Returns:
+        k
+    """
     check_sampling(keep_ratio, 1)
     total = math.prod(as_grid(grid))
     k = math.floor(keep_ratio * total + 1e-9)  # 0.29 * 100 is 28.999...
@@ -62,7 +76,20 @@ def sample_sparse(
     device: torch.device | str | None = None,  # where to draw; None: the generator's, else the CPU
 ) -> Tensor:  # (B,T,k) numbers of the kept patches
     """Random patches of every image (APS, sparse sampling).
-    `ValueError` when disjoint draws would need more patches than there are."""
+    `ValueError` when disjoint draws would need more patches than there are.
+
+    Args:
+        batch: images: B
+        grid: patches per side, or (rows, cols); N = rows * cols
+        keep_ratio: share of the patches that a draw keeps: s
+        num_draws: draws per image: T
+        disjoint: cut all draws of an image from one shuffle; False: a shuffle each
+        generator: random numbers, on `device`
+        device: where to draw; None: the generator's, else the CPU
+
+    Returns:
+        (B,T,k) numbers of the kept patches
+    """
     check_sampling(keep_ratio, num_draws, disjoint)
     k, (rows, cols) = num_kept(grid, keep_ratio), as_grid(grid)
     device = device or (generator.device if generator is not None else 'cpu')
@@ -80,7 +107,17 @@ def sample_selective(
     generator: torch.Generator | None = None,  # random numbers, on cover's device
 ) -> Tensor:  # (...,k) numbers of the kept patches, in the order drawn
     """Draws patches without replacement with weights R^gamma (APS, selective sampling); fully
-    covered ones come last, at random. `ValueError` for a negative `gamma`, or a k out of range."""
+    covered ones come last, at random. `ValueError` for a negative `gamma`, or a k out of range.
+
+    Args:
+        cover: (...,rows,cols) share of every patch that was already seen: 1-R
+        k: patches to keep
+        gamma: exponent: 0 is uniform, a large one takes the least seen
+        generator: random numbers, on cover's device
+
+    Returns:
+        (...,k) numbers of the kept patches, in the order drawn
+    """
     require_number(gamma, 'gamma', 0)
     new = 1 - cover.flatten(-2)
     require_int(k, 'k', 1, new.shape[-1], hint=', the patches of the grid')
@@ -107,7 +144,23 @@ def sample_asymmetric(
 ) -> tuple[Tensor, Tensor]:  # (B,T,k) kept patches of view 1, (B,T,k) of view 2
     """Kept patches of two views, hardly overlapping in the source (APS, arXiv 2306.02854). Without
     flips: the released code's geometry. `ValueError` for boxes or flips of another shape, a ratio
-    outside (0, 1] or too small, and for more disjoint draws than fit."""
+    outside (0, 1] or too small, and for more disjoint draws than fit.
+
+    Args:
+        box1: (B,4) top, left, height, width of view 1, source pixels
+        box2: (B,4) the same of view 2
+        grid: patches per side, or (rows, cols)
+        keep_ratio: share of the patches that a draw keeps: s; k = floor(s rows cols)
+        num_draws: draws per pair of views: T
+        gamma: exponent: 0 chooses view 2 uniformly, a large one takes the least seen
+        flip1: (B,) bool, True where view 1 is mirrored; None: never
+        flip2: (B,) bool, True where view 2 is mirrored; None: never
+        generator: random numbers, on the boxes' device
+        disjoint: view 1's draws share no patch; False allows s T above 1
+
+    Returns:
+        (B,T,k) kept patches of view 1, (B,T,k) of view 2
+    """
     box1 = check_box(box1, 'box1')
     box2 = check_box(box2, 'box2', len(box1))
     check_flip(flip1, 'flip1', len(box1))
@@ -123,7 +176,15 @@ def sample_asymmetric(
 class AsymmetricPatchSampler:
     """Asymmetric patch sampling (APS) in the slot `patch_sampler` of a method:
     (view1, view2, grid, generator) -> (keep1, keep2), each (B,T,k).
-    `ValueError` for a wrong ratio, number of draws or exponent."""
+    `ValueError` for a wrong ratio, number of draws or exponent.
+
+    Args:
+        keep_ratio: share of the patches that a draw keeps: s
+        num_draws: draws per pair of views, each of them an optimiser step: T
+        gamma: exponent: 0 chooses view 2 uniformly, a large one takes the least seen
+        flip_aware: respect mirrored views; False: the geometry of the released code
+        disjoint: view 1's draws share no patch; False allows s T above 1
+    """
 
     keep_ratio: float = 0.25  # share of the patches that a draw keeps: s
     num_draws: int = 4  # draws per pair of views, each of them an optimiser step: T
@@ -134,6 +195,8 @@ class AsymmetricPatchSampler:
     def __post_init__(self):
         check_sampling(self.keep_ratio, self.num_draws, self.disjoint)
         require_number(self.gamma, 'gamma', 0)
+        right = self.flip_aware in (True, False)
+        require(right, 'flip_aware', 'True or False', self.flip_aware)
 
     def __call__(self, view1, view2, grid, generator=None):
         flips = (view1.flip, view2.flip) if self.flip_aware else (None, None)
@@ -208,8 +271,23 @@ def APS(
     **slots,  # any slot of `Method` instead
 ) -> Method:
     """Asymmetric patch sampling (Shen et al. 2025).
-    `ValueError` for an encoder that cannot drop patches, and for wrong numbers."""
-    config = config_for(aps_configs, preset, encoder.size)
+    `ValueError` for an encoder that cannot drop patches, and for wrong numbers.
+
+    Args:
+        encoder: a ViT
+        preset: 'cifar', ..., 'imagenet' or 'patchmix'; None: by the size
+        keep_ratio: share of the patches that each view keeps, s
+        num_draws: optimiser steps per loaded batch, T; s T is at most 1 with `disjoint`
+        gamma: how strongly view 2 avoids what view 1 keeps
+        flip_aware: False: overlaps as in the released code, which ignores flips
+        disjoint: the draws of view 1 share no patch
+        tau: temperature; None: the preset's
+        hidden: hidden width of projector and predictor; None: the preset's
+        out: width of the projections; None: the preset's
+        momentum: of a key encoder, at the start; None: the same network
+        **slots: any slot of `Method` instead
+    """
+    config = config_for(aps_configs, preset, encoder)
     if config.train_config.schedule == 'epoch' and encoder.dim >= 384:
         config = replace(config, train_config=replace(config.train_config, base_lr=5e-4))
     config = replace(

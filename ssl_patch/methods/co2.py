@@ -29,7 +29,15 @@ def jeffreys(
     log_p: Tensor,  # (B,C) logarithms of rows that sum to 1
     log_q: Tensor,  # (B,C) the same
 ) -> Tensor:  # (B,)
-    "Half KL(P|Q) plus half KL(Q|P) of every row."
+    """Half KL(P|Q) plus half KL(Q|P) of every row.
+
+    Args:
+        log_p: (B,C) logarithms of rows that sum to 1
+        log_q: (B,C) the same
+
+    Returns:
+        (B,)
+    """
     return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1) / 2
 
 
@@ -42,7 +50,18 @@ def co2_consistency(
 ) -> Tensor:  # scalar, mean over the rows of `q`
     """Symmetric KL of the similarities of query and key to the negatives (CO2, Wei et al. 2021,
     the consistency term). Gradient reaches `q` alone. Value at chance: 0.
-    Raises `ValueError` on wrong shapes or temperature."""
+    Raises `ValueError` on wrong shapes or temperature.
+
+    Args:
+        q: (B,d) queries, unit rows (not checked)
+        k: (B,d) keys, unit rows; without a queue (B_all,d), the keys of all processes
+        queue: (K,d) older keys, the negatives; None: the other rows of `k`
+        tau_con: temperature of both distributions
+        offset: without a queue: the positive of row i of `q` is row i+offset of `k`
+
+    Returns:
+        scalar, mean over the rows of `q`
+    """
     check_pair(q, k, queue, offset=offset, tau_con=tau_con)
 
     def loss(q, own, others):
@@ -62,7 +81,20 @@ def co2(
 ) -> Tensor:  # scalar, mean over the rows of `q`
     """InfoNCE + alpha x `co2_consistency`, from one table of similarities (CO2, Wei et al. 2021).
     Gradient reaches `q` alone. Value at chance: that of `info_nce`.
-    Raises `ValueError` on wrong shapes, a temperature that is not positive, or alpha < 0."""
+    Raises `ValueError` on wrong shapes, a temperature that is not positive, or alpha < 0.
+
+    Args:
+        q: (B,d) queries, unit rows (not checked)
+        k: (B,d) keys, unit rows; without a queue (B_all,d), the keys of all processes
+        queue: (K,d) older keys, the negatives; None: the other rows of `k`
+        tau: temperature of InfoNCE, tau_ins
+        tau_con: temperature of the two distributions that should agree
+        alpha: weight of the consistency term; 0: InfoNCE
+        offset: without a queue: the positive of row i of `q` is row i+offset of `k`
+
+    Returns:
+        scalar, mean over the rows of `q`
+    """
     check_pair(q, k, queue, offset=offset, tau=tau, tau_con=tau_con)
     require_number(alpha, 'alpha', 0)
 
@@ -77,7 +109,13 @@ def co2(
 # %% ../../nbs/methods/09_co2.ipynb #8b8fcc14
 @dataclass(frozen=True)
 class CO2Loss(ImageLoss):
-    "`co2` in the slot `loss` of a method. `ValueError` for numbers out of range."
+    """`co2` in the slot `loss` of a method. `ValueError` for numbers out of range.
+
+    Args:
+        tau: temperature of InfoNCE, tau_ins
+        tau_con: temperature of the two distributions that should agree
+        alpha: weight of the consistency term; 0: InfoNCE
+    """
 
     tau: float = 0.2  # temperature of InfoNCE, tau_ins
     tau_con: float = 0.05  # temperature of the two distributions that should agree
@@ -114,10 +152,20 @@ def CO2(
     **slots,  # any slot of `Method` instead
 ) -> Method:
     """CO2 on MoCo v1 or v2 (Wei et al. 2021).
-    `ValueError` for an unknown host or preset and wrong numbers."""
+    `ValueError` for an unknown host or preset and wrong numbers.
+
+    Args:
+        encoder: ResNet, or ViT
+        host: the method it is added to: 'moco_v1' or 'moco_v2'
+        preset: 'cifar', 'stl10', 'tiny_imagenet', 'imagenet'; None: by the size
+        tau: temperature of InfoNCE; None: the host's
+        tau_con: temperature of the consistency term; None: the paper's
+        alpha: weight of the consistency term; None: the paper's for the host
+        **slots: any slot of `Method` instead
+    """
     hosts = dict(moco_v1=moco_v1_configs, moco_v2=moco_v2_configs)
     require_choice(host, 'host', hosts)
-    config = config_for(hosts[host], preset, encoder.size)
+    config = config_for(hosts[host], preset, encoder)
     settings = co2_configs[host] | given(tau=tau, tau_con=tau_con, alpha=alpha)
     loss = CO2Loss(**dict(tau=config.loss.tau) | settings)
     name = f'CO2 on {host.replace("moco_", "MoCo ")}'

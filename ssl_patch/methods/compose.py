@@ -20,7 +20,11 @@ from .configs import MethodEntry, methods
 
 # %% ../../nbs/methods/16_compose.ipynb #71f05d81
 def load_papers() -> dict:  # name -> `MethodEntry`, in the order of the rooms
-    "Import every room of `ssl_patch.methods`, so that its papers are registered."
+    """Import every room of `ssl_patch.methods`, so that its papers are registered.
+
+    Returns:
+        name -> `MethodEntry`, in the order of the rooms
+    """
     for room in pkgutil.iter_modules(ssl_patch.methods.__path__):
         importlib.import_module(f'ssl_patch.methods.{room.name}')
     return methods
@@ -29,7 +33,14 @@ def load_papers() -> dict:  # name -> `MethodEntry`, in the order of the rooms
 def method_options(
     entry: MethodEntry,  # as `methods` has it
 ) -> list:  # names
-    "The arguments that a method takes, the slots of `Method` among them where it hands them on."
+    """The arguments that a method takes, the slots of `Method` among them where it hands them on.
+
+    Args:
+        entry: as `methods` has it
+
+    Returns:
+        names
+    """
     own = [*signature(entry.build).parameters.values()]
     takes_slots = any(p.kind is p.VAR_KEYWORD for p in own)
     slots = signature(Method.__init__).parameters.values() if takes_slots else ()
@@ -42,7 +53,13 @@ def build_method(
     encoder: Encoder,  # to train
     **options,  # arguments of the method
 ) -> Method:
-    "A method by its name. `ValueError` for an unknown name or option."
+    """A method by its name. `ValueError` for an unknown name or option.
+
+    Args:
+        name: a key of `methods`
+        encoder: to train
+        **options: arguments of the method
+    """
     entries = load_papers()
     require_choice(name, 'method', entries)
     require_known(options, name, method_options(entries[name]))
@@ -55,7 +72,16 @@ def step_cost(
     generator=None,  # of the draws of patches
 ) -> dict:  # per optimiser step: images, patches of queries and of keys per image, bytes; and steps
     """Patches and activation memory of one optimiser step: bytes of all tensors that autograd keeps
-    for the backward pass, weights aside. The method stays as it is."""
+    for the backward pass, weights aside. The method stays as it is.
+
+    Args:
+        method: on any device
+        views: one `View` per augmentation
+        generator: of the draws of patches
+
+    Returns:
+        per optimiser step: images, patches of queries and of keys per image, bytes; and steps
+    """
     method = copy.deepcopy(method)
     draws = method.draw_patches(views, generator)
     weights = {p.untyped_storage().data_ptr() for p in method.parameters()}
@@ -73,7 +99,7 @@ def step_cost(
     def patches(v):
         if draws[0][v] is not None:
             return draws[0][v].shape[1]
-        whole = math.prod(method.encoder.grid)
+        whole = math.prod(method.encoder.grid or (0,))
         return whole * views[v].x.shape[-1] ** 2 // method.encoder.size**2
 
     see = method.views_to_see

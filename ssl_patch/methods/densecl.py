@@ -48,7 +48,15 @@ def match_patches(
     features_k: Tensor,  # (B,N,D) the same of view k
 ) -> Tensor:  # (B,M) long, for every patch of view q the patch of view k
     """The most similar patch of the other view (DenseCL, arXiv 2011.09157), on a tie the first.
-    `ValueError` for another shape."""
+    `ValueError` for another shape.
+
+    Args:
+        features_q: (B,M,D) backbone features of view q, of any length
+        features_k: (B,N,D) the same of view k
+
+    Returns:
+        (B,M) long, for every patch of view q the patch of view k
+    """
     check_features(features_q, 'features_q')
     check_features(features_k, 'features_k', like=features_q)
     return cosines(features_q, features_k).max(-1).indices
@@ -59,7 +67,16 @@ def patches_off(
     truth: Tensor,  # (...) long, numbers of patches
     grid: int | Sequence[int],  # patches per side, or (rows, cols)
 ) -> Tensor:  # (...) long
-    "How many patches `match` is away from `truth`, along the longer axis."
+    """How many patches `match` is away from `truth`, along the longer axis.
+
+    Args:
+        match: (...) long, numbers of patches
+        truth: (...) long, numbers of patches
+        grid: patches per side, or (rows, cols)
+
+    Returns:
+        (...) long
+    """
     cols = as_grid(grid)[1]
     rows_off = (match // cols - truth // cols).abs()
     return torch.maximum(rows_off, (match % cols - truth % cols).abs())
@@ -71,7 +88,16 @@ def match_accuracy(
     grid: int | Sequence[int],  # patches per side of view k, or (rows, cols)
 ) -> dict[str, Tensor]:  # scalars: `exact`, `near`; NaN where no patch has a true match
     """Fraction of the patches with a true match that are matched to it exactly, and to within one
-    patch. `ValueError` for other shapes."""
+    patch. `ValueError` for other shapes.
+
+    Args:
+        match: (B,M) long, patches of view k, as from `match_patches`
+        truth: (B,M) long and (B,M) bool, as from `true_match`
+        grid: patches per side of view k, or (rows, cols)
+
+    Returns:
+        scalars: `exact`, `near`; NaN where no patch has a true match
+    """
     index, ok = truth
     same = match.shape == index.shape == ok.shape
     require(same, 'match', f'of the shape of the truth, {tuple(index.shape)}', match)
@@ -97,7 +123,20 @@ def show_matches(
     ax=None,  # matplotlib axes; a new figure when None
 ):
     """Draws two views side by side, and lines between matched patches: green where right, red where
-    not. Those without a true match are left out. Returns the axes."""
+    not. Those without a true match are left out. Returns the axes.
+
+    Args:
+        view_q: view q of a batch, on the left
+        view_k: view k of the same images, on the right
+        match: (B,M) long, patches of view k, as from `match_patches`
+        truth: (B,M) long and (B,M) bool, as from `true_match`
+        grid: patches per side, or (rows, cols)
+        i: which image of the batch
+        patches: how many to draw the match of, or which
+        within: how many patches off is still right
+        title: text above the picture; by default how many are right
+        ax: matplotlib axes; a new figure when None
+    """
     import matplotlib.pyplot as plt
 
     check_patch_count(match.shape[1], grid, 'match')
@@ -139,7 +178,19 @@ def densecl(
 ) -> Tensor:  # scalar, mean over all B*M patches
     """InfoNCE of matched patches (DenseCL, Wang et al. 2021, the local loss; without a queue ours).
     Gradient reaches `r` alone. Value at chance: ln(1+K), or ln B.
-    Raises `ValueError` on wrong shapes, temperature or `chunk`."""
+    Raises `ValueError` on wrong shapes, temperature or `chunk`.
+
+    Args:
+        r: (B,M,d) patches that ask, unit rows (not checked)
+        u: (B,M_k,d) patches of the other view, by the key encoder, unit rows
+        match: (B,M) long, c(i): which patch of `u` is the positive of patch i
+        queue: (K,d) older image means of `u`; None: those of other images
+        tau: temperature
+        chunk: images at a time, 4 chunk M K bytes; None: as suits the processor
+
+    Returns:
+        scalar, mean over all B*M patches
+    """
     check_patches(r, u, queue)
     check_patch_numbers(tau, chunk)
     require_shape(match, 'match', tuple(r.shape[:2]), torch.long)
@@ -159,7 +210,12 @@ def densecl(
 # %% ../../nbs/methods/13_densecl.ipynb #163998f3
 @dataclass(frozen=True)
 class DenseCLLoss(PatchLoss):
-    "InfoNCE of patches matched across views by backbone features (DenseCL, arXiv 2011.09157)."
+    """InfoNCE of patches matched across views by backbone features (DenseCL, arXiv 2011.09157).
+
+    Args:
+        tau: temperature
+        chunk: images at a time; None: as suits
+    """
 
     tau: float = 0.2  # temperature
     chunk: int | None = field(default=None, repr=False)  # images at a time; None: as suits
@@ -181,7 +237,12 @@ def queue_like(
     queue: Queue | int | None,  # of images, where the caller chose one
     max_size: int | None,  # the preset's
 ) -> Queue:
-    "A queue of image means beside that of images: of the same size, where that is given."
+    """A queue of image means beside that of images: of the same size, where that is given.
+
+    Args:
+        queue: of images, where the caller chose one
+        max_size: the preset's
+    """
     if isinstance(queue, Queue):
         queue = None if queue.auto else queue.size
     return Queue(max_size=max_size) if queue is None else Queue(queue)
@@ -207,8 +268,19 @@ def DenseCL(
     **slots,  # any slot of `Method` instead
 ) -> Method:
     """DenseCL (Wang et al. 2021).
-    `ValueError` for an unknown preset, wrong numbers, and a grid that `pool` does not divide."""
-    config = config_for(densecl_configs, preset, encoder.size)
+    `ValueError` for an unknown preset, wrong numbers, and a grid that `pool` does not divide.
+
+    Args:
+        encoder: ResNet, or ViT
+        preset: 'cifar', 'stl10', 'tiny_imagenet', 'imagenet', 'coco'; None: by size
+        tau: temperature of both halves; None: the preset's
+        lam: weight of the patch loss, lambda; the image loss has the rest
+        start_fraction: part of training, at its start, without the patch loss
+        pool: patches are averaged over pool x pool of them
+        symmetric: both views are query and key: twice the work, the sum of two losses
+        **slots: any slot of `Method` instead
+    """
+    config = config_for(densecl_configs, preset, encoder)
     require_number(lam, 'lam', above=0, most=1)
     loss = replace(config.loss, **given(tau=tau))
     patch_loss = PatchLosses(

@@ -20,7 +20,14 @@ from ..views.crops import View
 def as_grid(
     grid: int | Sequence[int],  # patches per side, or (rows, cols)
 ) -> tuple[int, int]:  # (rows, cols)
-    "A grid as `(rows, cols)`; one number means a square. `ValueError` for anything else."
+    """A grid as `(rows, cols)`; one number means a square. `ValueError` for anything else.
+
+    Args:
+        grid: patches per side, or (rows, cols)
+
+    Returns:
+        (rows, cols)
+    """
     pair = grid
     if isinstance(grid, int):
         pair = (grid, grid)
@@ -36,7 +43,16 @@ def check_box(
     batch: int | None = None,  # how many there must be; None: any number
 ) -> Tensor:  # (B,4) floating point
     """Boxes as floating point, or `ValueError`. Their values are looked at on a CPU only: on a GPU
-    that would make the host wait."""
+    that would make the host wait.
+
+    Args:
+        box: (B,4) what should be boxes
+        name: of the argument
+        batch: how many there must be; None: any number
+
+    Returns:
+        (B,4) floating point
+    """
     meaning = ' of top, left, height, width in source pixels'
     require_shape(box, name, ('B' if batch is None else batch, 4), meaning=meaning)
     require(not box.is_complex(), name, 'real numbers', box)
@@ -51,7 +67,13 @@ def check_flip(
     name: str,  # of the argument
     batch: int,  # B
 ):
-    "`ValueError` unless `flip` is None or bool (B,)."
+    """`ValueError` unless `flip` is None or bool (B,).
+
+    Args:
+        flip: (B,) what should be flips
+        name: of the argument
+        batch: B
+    """
     if flip is not None:
         meaning = ', True where the view is mirrored, or None'
         require_shape(flip, name, (batch,), torch.bool, meaning)
@@ -62,7 +84,16 @@ def patch_boxes(
     grid: int | Sequence[int],  # patches per side, or (rows, cols)
     flip: Tensor | None = None,  # (B,) bool, True where the view is mirrored left-right
 ) -> Tensor:  # (B,rows,cols,4) top, left, height, width of every patch, source pixels
-    "The area of every patch in the source image. `ValueError` for another shape of any argument."
+    """The area of every patch in the source image. `ValueError` for another shape of any argument.
+
+    Args:
+        box: (B,4) top, left, height, width of the crops, source pixels
+        grid: patches per side, or (rows, cols)
+        flip: (B,) bool, True where the view is mirrored left-right
+
+    Returns:
+        (B,rows,cols,4) top, left, height, width of every patch, source pixels
+    """
     rows, cols = as_grid(grid)
     box = check_box(box, 'box')
     check_flip(flip, 'flip', len(box))
@@ -79,7 +110,16 @@ def patch_centres(
     grid: int | Sequence[int],  # patches per side, or (rows, cols)
     flip: Tensor | None = None,  # (B,) bool, True where the view is mirrored
 ) -> Tensor:  # (B,M,2) as x, y, source pixels
-    "The centre of every patch in the source image."
+    """The centre of every patch in the source image.
+
+    Args:
+        box: (B,4) of the crops
+        grid: patches per side, or (rows, cols)
+        flip: (B,) bool, True where the view is mirrored
+
+    Returns:
+        (B,M,2) as x, y, source pixels
+    """
     y, x, h, w = patch_boxes(box, grid, flip).flatten(1, 2).unbind(-1)
     return torch.stack([x + w / 2, y + h / 2], -1)
 
@@ -88,7 +128,15 @@ def keep_mask(
     keep: Tensor,  # (...,k) numbers of the kept patches, counted row by row
     grid: int | Sequence[int],  # patches per side, or (rows, cols)
 ) -> Tensor:  # (...,rows,cols) bool, True where a patch is kept
-    "Kept patches as a map of the grid."
+    """Kept patches as a map of the grid.
+
+    Args:
+        keep: (...,k) numbers of the kept patches, counted row by row
+        grid: patches per side, or (rows, cols)
+
+    Returns:
+        (...,rows,cols) bool, True where a patch is kept
+    """
     rows, cols = as_grid(grid)
     mask = torch.zeros(*keep.shape[:-1], rows * cols, dtype=torch.bool, device=keep.device)
     return mask.scatter_(-1, keep, True).unflatten(-1, (rows, cols))
@@ -104,7 +152,18 @@ def show_kept(
     title: str | None = None,  # text above the picture; by default how many are kept
     ax=None,  # matplotlib axes; a new figure when None
 ):
-    "Draws a view, its kept patches in colour and the dropped ones faded out. Returns the axes."
+    """Draws a view, its kept patches in colour and the dropped ones faded out. Returns the axes.
+
+    Args:
+        view: the views of a batch
+        keep: (B,T,k) numbers of the kept patches
+        grid: patches per side, or (rows, cols)
+        i: which image of the batch
+        draw: which of the T draws
+        color: frame of a kept patch
+        title: text above the picture; by default how many are kept
+        ax: matplotlib axes; a new figure when None
+    """
     import matplotlib.pyplot as plt
 
     rows, cols = as_grid(grid)
@@ -126,7 +185,15 @@ def shared_areas(
     a: Tensor,  # (K,4) top, left, height, width
     b: Tensor,  # (L,4) top, left, height, width
 ) -> Tensor:  # (M,4) the rectangles that a box of `a` and a box of `b` have in common
-    "Every overlap of two lists of boxes, as boxes: for drawings, and as a plain reference."
+    """Every overlap of two lists of boxes, as boxes: for drawings, and as a plain reference.
+
+    Args:
+        a: (K,4) top, left, height, width
+        b: (L,4) top, left, height, width
+
+    Returns:
+        (M,4) the rectangles that a box of `a` and a box of `b` have in common
+    """
     low = torch.maximum(a[:, None, :2], b[None, :, :2])
     high = torch.minimum(a[:, None, :2] + a[:, None, 2:], b[None, :, :2] + b[None, :, 2:])
     size = high - low
@@ -144,7 +211,18 @@ def show_areas(
     ax=None,  # matplotlib axes; a new figure when None
 ):
     """Draws, on the source image, both crops, the area that each view keeps and the area that both
-    keep. Returns the axes."""
+    keep. Returns the axes.
+
+    Args:
+        source: (3,H,W) the source image, uint8 or in [0,1]
+        views: view 1 and view 2
+        keeps: (B,T,k) numbers of the kept patches, for view 1 and view 2
+        grid: patches per side, or (rows, cols)
+        i: which image of the batch
+        draw: which of the T draws
+        title: {share}: of view 2's kept area
+        ax: matplotlib axes; a new figure when None
+    """
     import matplotlib.pyplot as plt
 
     ax = ax or plt.subplots(figsize=(4, 4))[1]
@@ -172,7 +250,16 @@ def show_patches(
     draw: int = 0,  # which of the T draws
 ):
     """Draws view 1 (orange), the source image and view 2 (blue): the kept patches, and where they
-    lie in the source. Returns the figure."""
+    lie in the source. Returns the figure.
+
+    Args:
+        source: (3,H,W) the source image, uint8 or in [0,1]
+        views: view 1 and view 2
+        keeps: (B,T,k) numbers of the kept patches, for view 1 and view 2
+        grid: patches per side, or (rows, cols)
+        i: which image of the batch
+        draw: which of the T draws
+    """
     import matplotlib.pyplot as plt
 
     aspect = source.shape[2] / source.shape[1]
@@ -195,7 +282,19 @@ def axis_overlap(
     length2: Tensor,  # (B,)
     n2: int,  # equal cells on axis 2
 ) -> Tensor:  # (B,n2,n1)
-    "The part of every cell of axis 2 that every cell of axis 1 covers."
+    """The part of every cell of axis 2 that every cell of axis 1 covers.
+
+    Args:
+        start1: (B,) of axis 1
+        length1: (B,)
+        n1: equal cells on axis 1
+        start2: (B,) of axis 2
+        length2: (B,)
+        n2: equal cells on axis 2
+
+    Returns:
+        (B,n2,n1)
+    """
     i, j = (torch.arange(n, device=start1.device) for n in (n1 + 1, n2))
     # the edges of axis 1, in cells of axis 2
     edges = ((start1 - start2)[:, None] * n1 + i * length1[:, None]) * n2
@@ -213,7 +312,19 @@ def covered_fraction(
 ) -> Tensor:  # keep's shape, with grid2 in place of view 1's grid: 1-R, in [0,1]
     """Part of every patch of view 2 that the kept patches of view 1 cover (APS, 1-R). Without
     flips: the geometry of the released code. `ValueError` for keep, boxes or flips of another
-    shape."""
+    shape.
+
+    Args:
+        keep: (B,rows,cols) or (B,T,rows,cols): S, the kept patches of view 1, in [0,1]
+        box1: (B,4) top, left, height, width of view 1, source pixels
+        box2: (B,4) the same of view 2
+        flip1: (B,) bool, True where view 1 is mirrored; None: never
+        flip2: (B,) bool, True where view 2 is mirrored; None: never
+        grid2: grid of view 2; None: that of view 1
+
+    Returns:
+        keep's shape, with grid2 in place of view 1's grid: 1-R, in [0,1]
+    """
     box1 = check_box(box1, 'box1')
     box2 = check_box(box2, 'box2', len(box1))
     maps = isinstance(keep, Tensor) and keep.dim() in (3, 4) and len(keep) == len(box1)
@@ -245,7 +356,15 @@ def show_covered(
     title: str = 'view 2: share already seen',  # text above the picture
     ax=None,  # matplotlib axes; a new figure when None
 ):
-    "Draws the covered fraction of every patch as a heat map over the view. Returns the axes."
+    """Draws the covered fraction of every patch as a heat map over the view. Returns the axes.
+
+    Args:
+        view: the views of a batch: view 2
+        cover: (B,rows,cols) covered fraction of every patch
+        i: which image of the batch
+        title: text above the picture
+        ax: matplotlib axes; a new figure when None
+    """
     import matplotlib.pyplot as plt
 
     ax = ax or plt.subplots(figsize=(3.6, 3))[1]
@@ -264,7 +383,15 @@ def cosines(
     b: Tensor,  # (B,N,D) features
 ) -> Tensor:  # (B,M,N)
     """Cosines of all patches of `a` with those of `b`, to six decimals, so that ties are ties. No
-    gradient, and full precision even under autocast."""
+    gradient, and full precision even under autocast.
+
+    Args:
+        a: (B,M,D) features, of any length
+        b: (B,N,D) features
+
+    Returns:
+        (B,M,N)
+    """
     with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
         a, b = (F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1) for x in (a, b))
         return (a @ b.mT).round(decimals=6)
@@ -275,7 +402,13 @@ def check_features(
     name: str,  # of the argument
     like: Tensor | None = None,  # (B,N,D) of the other view
 ):
-    "`ValueError` unless `x` is floating point (B,M,D), with the images and the width of `like`."
+    """`ValueError` unless `x` is floating point (B,M,D), with the images and the width of `like`.
+
+    Args:
+        x: (B,M,D) what should be features of patches
+        name: of the argument
+        like: (B,N,D) of the other view
+    """
     shape = ('B', 'M', 'D') if like is None else (len(like), 'M', like.shape[2])
     require_shape(x, name, shape, meaning=', one row for every patch')
     require(x.is_floating_point() and min(x.shape) > 0, name, 'floating point, nothing empty', x)
@@ -286,7 +419,13 @@ def check_patch_count(
     grid: int | Sequence[int],  # patches per side, or (rows, cols)
     name: str,  # whose patches they are
 ):
-    "`ValueError` unless `n` is the number of patches of the grid."
+    """`ValueError` unless `n` is the number of patches of the grid.
+
+    Args:
+        n: patches
+        grid: patches per side, or (rows, cols)
+        name: whose patches they are
+    """
     rows, cols = as_grid(grid)
     require(n == rows * cols, name, f'of the {rows * cols} patches of grid={grid}', n)
 
@@ -297,7 +436,16 @@ def true_match(
     grid: int | Sequence[int],  # patches per side, or (rows, cols); M = rows * cols
 ) -> tuple[Tensor, Tensor]:  # (B,M) long, the patch of view k; (B,M) bool, True where there is one
     """For every patch of view q the patch of view k that contains its centre, mirrored views
-    respected. `ValueError` for other boxes."""
+    respected. `ValueError` for other boxes.
+
+    Args:
+        view_q: view q of a batch
+        view_k: view k of the same images
+        grid: patches per side, or (rows, cols); M = rows * cols
+
+    Returns:
+        (B,M) long, the patch of view k; (B,M) bool, True where there is one
+    """
     rows, cols = as_grid(grid)
     q = check_box(view_q.box, 'view_q.box')
     k = check_box(view_k.box, 'view_k.box', len(q))
@@ -317,6 +465,11 @@ def spread_over(
     patches: Tensor,  # (K,) numbers of patches
     n: int,  # how many of them, at most
 ) -> Tensor:
-    "Some of the patches, spread over all of them by steps of the golden ratio: for drawings."
+    """Some of the patches, spread over all of them by steps of the golden ratio: for drawings.
+
+    Args:
+        patches: (K,) numbers of patches
+        n: how many of them, at most
+    """
     steps = torch.arange(1, min(n, len(patches)) + 1) * 0.618034 % 1
     return patches[(steps * len(patches)).long().unique()]

@@ -19,7 +19,7 @@ from ssl_patch.ground.checks import (
     require_shape,
 )
 from ..views.augmentations import aug_aps_cifar, aug_byol_a, aug_byol_b
-from ..models.interface import Encoder, random_patches
+from ..models.interface import Encoder, random_patches, require_encoder
 from ..models.heads import mlp_heads
 from .method import Method, method_from_config
 from .patch_loss import PatchLoss, PatchLosses, ViewOutputs
@@ -160,7 +160,8 @@ def LocalToGlobal(
 ) -> Method:
     """Patches against the image vector of the other view (our reading of Rabarisoa et al. 2022).
     `ValueError` for wrong numbers."""
-    config = config_for(local_to_global_configs, preset, encoder.size)
+    require_encoder(encoder, patches=True)
+    config = config_for(local_to_global_configs, preset, encoder)
     require_number(image_weight, 'image_weight', 0)
     heads = partial(config.heads, **given(hidden=hidden, out=out))
     loss = replace(config.loss, **given(tau=tau))

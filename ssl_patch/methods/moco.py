@@ -36,12 +36,20 @@ def imagenet_sgd(**options) -> TrainConfig:
 
 
 def linear_head(dim: int) -> tuple:  # feature width D -> (projector, None)
-    "MoCo v1's projector: one layer."
+    """MoCo v1's projector: one layer.
+
+    Returns:
+        feature width D -> (projector, None)
+    """
     return mlp(dim, 128, last_norm=False, bias=True), None
 
 
 def mlp_head(dim: int) -> tuple:  # feature width D -> (projector, None)
-    "MoCo v2's projector: two layers with biases, no norm."
+    """MoCo v2's projector: two layers with biases, no norm.
+
+    Returns:
+        feature width D -> (projector, None)
+    """
     return mlp(dim, dim, 128, norm=False, last_norm=False, bias=True), None
 
 # %% ../../nbs/methods/07_moco.ipynb #b348a01b
@@ -115,8 +123,16 @@ def MoCoV2(
     symmetric: bool = False,  # both views are query and key: twice the work, the sum of two losses
     **slots,  # any slot of `Method` instead
 ) -> Method:
-    "MoCo v2 (Chen et al. 2020). `ValueError` for an unknown preset and wrong temperatures."
-    config = config_for(moco_v2_configs, preset, encoder.size)
+    """MoCo v2 (Chen et al. 2020). `ValueError` for an unknown preset and wrong temperatures.
+
+    Args:
+        encoder: ResNet, or ViT
+        preset: 'cifar', 'stl10', 'tiny_imagenet', 'imagenet'; None: by the size
+        tau: temperature; None: the preset's
+        symmetric: both views are query and key: twice the work, the sum of two losses
+        **slots: any slot of `Method` instead
+    """
+    config = config_for(moco_v2_configs, preset, encoder)
     loss = replace(config.loss, **given(tau=tau))
     config = replace(config, loss=loss, symmetric=symmetric)
     return method_from_config(encoder, config, 'MoCo v2', **slots)
@@ -128,8 +144,15 @@ def MoCoV1(
     tau: float | None = None,  # temperature; None: the preset's
     **slots,  # any slot of `Method` instead
 ) -> Method:
-    "MoCo (He et al. 2020). `ValueError` for an unknown preset and wrong temperatures."
-    config = config_for(moco_v1_configs, preset, encoder.size)
+    """MoCo (He et al. 2020). `ValueError` for an unknown preset and wrong temperatures.
+
+    Args:
+        encoder: ResNet, or ViT
+        preset: 'cifar', 'stl10', 'tiny_imagenet', 'imagenet'; None: by the size
+        tau: temperature; None: the preset's
+        **slots: any slot of `Method` instead
+    """
+    config = config_for(moco_v1_configs, preset, encoder)
     loss = replace(config.loss, **given(tau=tau))
     return method_from_config(encoder, replace(config, loss=loss), 'MoCo v1', **slots)
 
@@ -144,7 +167,17 @@ def moco_v3_heads(
     out: int = 256,  # width of the projections d
     resnet: bool = False,  # one layer less, no last norm in the predictor
 ) -> tuple:  # (projector, predictor)
-    "MoCo v3's projector and predictor, as it has them for ViTs or for ResNets."
+    """MoCo v3's projector and predictor, as it has them for ViTs or for ResNets.
+
+    Args:
+        dim: feature width D
+        hidden: hidden width of both
+        out: width of the projections d
+        resnet: one layer less, no last norm in the predictor
+
+    Returns:
+        (projector, predictor)
+    """
     layers = [hidden] * (1 if resnet else 2)
     return mlp(dim, *layers, out), mlp(out, hidden, out, last_norm=not resnet)
 
@@ -192,7 +225,16 @@ def MoCoV3(
     out: int = 256,  # width of the projections
     **slots,  # any slot of `Method` instead
 ) -> Method:
-    "MoCo v3 (Chen et al. 2021), the preset for ViTs or for ResNets by the kind of encoder."
+    """MoCo v3 (Chen et al. 2021), the preset for ViTs or for ResNets by the kind of encoder.
+
+    Args:
+        encoder: ViT (`variant='moco_v3'` for the published one) or ResNet
+        tau: temperature; None: 0.2 for ViT, 1.0 for ResNet
+        momentum: of the key encoder at the start; it ends at 1
+        hidden: hidden width of projector and predictor
+        out: width of the projections
+        **slots: any slot of `Method` instead
+    """
     config = moco_v3_configs['resnet' if isinstance(encoder, ResNet) else 'vit']
     config = replace(
         config,

@@ -23,7 +23,7 @@ from ssl_patch.ground.checks import (
 )
 from ..ground.plots import NEGATIVE, POSITIVE, as_picture, canvas, lines, rectangles
 from ..models.encoders import ResNet
-from ..models.interface import Encoder, random_patches
+from ..models.interface import Encoder, random_patches, require_encoder
 from .method import Method, method_from_config
 from .patch_loss import PatchLoss, PatchLosses, ViewOutputs
 from .configs import config_for, given, register_method
@@ -346,6 +346,7 @@ def RepCo(
     """Patch pairs within an image, on a host (our reading of RepCo, Lei et al. 2023).
     `ValueError` for wrong numbers, and for a grid that is too small."""
     require_choice(host, 'host', REPCO_HOSTS)
+    require_encoder(encoder, patches=True)
     require_number(lam, 'lam', above=0, most=1)
     on_v3 = host == 'moco_v3'
     what = 'None on MoCo v3, which has one preset'
@@ -367,7 +368,7 @@ def RepCo(
         patch_loss = slot(pairs, projector=projector, predictor=predictor)
         chosen = dict(patch_loss=patch_loss, name='RepCo on MoCo v3') | slots
         return MoCoV3(encoder, **widths, **chosen)
-    config = config_for(densecl_configs, preset, encoder.size)
+    config = config_for(densecl_configs, preset, encoder)
     losses, name = pairs, 'RepCo on MoCo v2'
     if host == 'densecl':
         losses, name = (DenseCLLoss(config.loss.tau), pairs), 'RepCo on DenseCL'

@@ -38,7 +38,19 @@ def ressl(
 ) -> Tensor:  # scalar, mean over the rows of `q`
     """Cross-entropy between the similarities of key and query to the candidates (ReSSL, Zheng et
     al. 2021). The positive is no candidate. Gradient reaches `q` alone. Value at chance: ln K, or
-    ln(B_all-1). Raises `ValueError` on wrong shapes or temperatures."""
+    ln(B_all-1). Raises `ValueError` on wrong shapes or temperatures.
+
+    Args:
+        q: (B,d) queries, of the strong view, unit rows (not checked)
+        k: (B,d) keys, of the weak view, unit rows; without a queue of all processes
+        queue: (K,d) older keys, the candidates; None: the other rows of `k`
+        tau_s: temperature of the query (student)
+        tau_t: temperature of the key (teacher), lower: sharper labels
+        offset: without a queue: the positive of row i of `q` is row i+offset of `k`
+
+    Returns:
+        scalar, mean over the rows of `q`
+    """
     check_pair(q, k, queue, offset=offset, tau_s=tau_s, tau_t=tau_t)
 
     def loss(q, own, others):
@@ -50,7 +62,12 @@ def ressl(
 # %% ../../nbs/methods/08_ressl.ipynb #2b415fba
 @dataclass(frozen=True)
 class ReSSLLoss(ImageLoss):
-    "`ressl` in the slot `loss` of a method. `ValueError` for a wrong temperature."
+    """`ressl` in the slot `loss` of a method. `ValueError` for a wrong temperature.
+
+    Args:
+        tau_s: temperature of the query (student)
+        tau_t: temperature of the key (teacher)
+    """
 
     tau_s: float = 0.1  # temperature of the query (student)
     tau_t: float = 0.04  # temperature of the key (teacher)
@@ -74,7 +91,16 @@ def ressl_head(
     hidden: int,  # hidden width
     out: int,  # width of the projections d
 ) -> tuple:  # (projector, None)
-    "ReSSL's projector: two layers with biases, no norm."
+    """ReSSL's projector: two layers with biases, no norm.
+
+    Args:
+        dim: feature width D
+        hidden: hidden width
+        out: width of the projections d
+
+    Returns:
+        (projector, None)
+    """
     return mlp(dim, hidden, out, norm=False, last_norm=False, bias=True), None
 
 # %% ../../nbs/methods/08_ressl.ipynb #f0afb57b
@@ -123,8 +149,17 @@ def ReSSL(
     multi_crop: bool = False,  # five strong views from large to small, all with one weak view
     **slots,  # any slot of `Method` instead
 ) -> Method:
-    "ReSSL (Zheng et al. 2021). `ValueError` for an unknown preset and wrong temperatures."
-    config = config_for(ressl_configs, preset, encoder.size)
+    """ReSSL (Zheng et al. 2021). `ValueError` for an unknown preset and wrong temperatures.
+
+    Args:
+        encoder: ResNet, or ViT
+        preset: 'cifar', 'stl10', 'tiny_imagenet', 'imagenet'; None: by the size
+        tau_s: temperature of the query; None: the preset's
+        tau_t: temperature of the key, lower; None: the preset's
+        multi_crop: five strong views from large to small, all with one weak view
+        **slots: any slot of `Method` instead
+    """
+    config = config_for(ressl_configs, preset, encoder)
     loss = replace(config.loss, **given(tau_s=tau_s, tau_t=tau_t))
     if multi_crop:
         size = encoder.size

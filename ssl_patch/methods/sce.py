@@ -43,7 +43,13 @@ def check_soft_labels(
     positive_mode: str,  # one of `POSITIVE_MODES`
     queue_alone: bool,  # whether the candidates are a queue, without the keys of the batch
 ):
-    "`ValueError` for settings of SCE's soft labels that do not go together."
+    """`ValueError` for settings of SCE's soft labels that do not go together.
+
+    Args:
+        lam: share of the positive
+        positive_mode: one of `POSITIVE_MODES`
+        queue_alone: whether the candidates are a queue, without the keys of the batch
+    """
     require_number(lam, 'lam', 0, most=1)
     require_choice(positive_mode, 'positive_mode', POSITIVE_MODES)
     fits = positive_mode == 'masked' or queue_alone
@@ -56,7 +62,14 @@ def positive_share(
     lam: float,  # lambda
     positive_mode: str,  # one of `POSITIVE_MODES`
 ):  # lambda, or (B,)
-    "What the positive gets: in the released code also what its score of 0 earns beside the others."
+    """What the positive gets: in the released code also what its score of 0 earns beside the
+    others.
+
+    Args:
+        s: (B,C) scores of the key with the others
+        lam: lambda
+        positive_mode: one of `POSITIVE_MODES`
+    """
     if positive_mode == 'masked':
         return lam
     return lam + (1 - lam) * torch.sigmoid(-s.logsumexp(1))
@@ -71,7 +84,19 @@ def sce_soft_labels(
     positive_mode: str = 'masked',  # 'masked' (paper), or 'zero_logit' (released code, queue alone)
 ) -> Tensor:  # (B,C) rows that sum to 1; positive in column 0 (queue alone), else in column i
     """The soft labels w of SCE (Denize et al. 2023, eq. 5). No gradient.
-    Raises `ValueError` on arguments that do not fit."""
+    Raises `ValueError` on arguments that do not fit.
+
+    Args:
+        k: (B,d) keys, unit rows (not checked)
+        queue: (K,d) older keys; None: the keys of the batch are the candidates
+        lam: share of the positive, lambda; 0: relations alone, as in ReSSL and CO2
+        tau_m: temperature of the relations; lower: sharper labels
+        in_batch: with a queue: the keys of the batch are candidates too, before it
+        positive_mode: 'masked' (paper), or 'zero_logit' (released code, queue alone)
+
+    Returns:
+        (B,C) rows that sum to 1; positive in column 0 (queue alone), else in column i
+    """
     check_pair(k, k, queue, in_batch, tau_m=tau_m)
     check_soft_labels(lam, positive_mode, queue is not None and not in_batch)
     own, candidates, column = line_up(k, len(k), queue, in_batch)
@@ -88,7 +113,15 @@ def show_soft_labels(
     first: int = 0,  # a candidate that is drawn first in any case: the positive
 ):  # -> matplotlib Figure
     """Bars of several soft labels over the same candidates, with the images of these above them.
-    Raises `ValueError` for labels of another length."""
+    Raises `ValueError` for labels of another length.
+
+    Args:
+        query: (3,H,W) uint8, or float in [0,1]
+        candidates: (C,3,H,W) images of the candidates
+        labels: name -> (C,) share of every candidate
+        n: candidates that are drawn, those with most mass first
+        first: a candidate that is drawn first in any case: the positive
+    """
     import matplotlib.pyplot as plt
 
     w = torch.stack([torch.as_tensor(t).detach().float().cpu() for t in labels.values()])
@@ -138,7 +171,22 @@ def sce(
 ) -> Tensor:  # scalar, mean over the rows of `q`
     """Cross-entropy with the soft labels `sce_soft_labels` (SCE, Denize et al. 2023). Gradient
     reaches `q` alone. Value at chance: ln C for C candidates, whatever `lam`.
-    Raises `ValueError` on wrong shapes, temperatures, `lam` or `positive_mode`."""
+    Raises `ValueError` on wrong shapes, temperatures, `lam` or `positive_mode`.
+
+    Args:
+        q: (B,d) queries, unit rows (not checked)
+        k: (B,d) keys, unit rows; where keys of the batch are candidates, of all processes
+        queue: (K,d) older keys; None: the keys of the batch are the candidates
+        lam: share of the positive in the labels, lambda; 1: InfoNCE
+        tau: temperature of the query
+        tau_m: temperature of the labels, lower than `tau`
+        in_batch: with a queue: the keys of the batch are candidates too, before it
+        positive_mode: 'masked' (paper), or 'zero_logit' (released code, queue alone)
+        offset: with keys of the batch: the positive of row i of `q` is row i+offset of `k`
+
+    Returns:
+        scalar, mean over the rows of `q`
+    """
     check_pair(q, k, queue, in_batch, offset, tau=tau, tau_m=tau_m)
     check_soft_labels(lam, positive_mode, queue is not None and not in_batch)
 
@@ -154,7 +202,15 @@ def sce(
 # %% ../../nbs/methods/10_sce.ipynb #389cc40e
 @dataclass(frozen=True)
 class SCELoss(ImageLoss):
-    "`sce` in the slot `loss` of a method. `ValueError` for numbers out of range."
+    """`sce` in the slot `loss` of a method. `ValueError` for numbers out of range.
+
+    Args:
+        lam: share of the positive in the labels, lambda; 1: InfoNCE
+        tau: temperature of the query
+        tau_m: temperature of the labels, lower than `tau`
+        in_batch: with a queue: the keys of the batch are candidates too
+        positive_mode: 'masked' (paper), or 'zero_logit' (released code, queue alone)
+    """
 
     lam: float = 0.5  # share of the positive in the labels, lambda; 1: InfoNCE
     tau: float = 0.1  # temperature of the query
@@ -186,7 +242,16 @@ def sce_heads(
     hidden: int = 4096,  # hidden width of both
     out: int = 256,  # width of the projections d
 ) -> tuple:  # (projector, predictor)
-    "SCE's projector and predictor on ImageNet (its released code)."
+    """SCE's projector and predictor on ImageNet (its released code).
+
+    Args:
+        dim: feature width D
+        hidden: hidden width of both
+        out: width of the projections d
+
+    Returns:
+        (projector, predictor)
+    """
     return mlp(dim, hidden, hidden, out), mlp(out, hidden, out, last_norm=False)
 
 
@@ -195,14 +260,30 @@ def sce_projector(
     hidden: int = 4096,  # hidden width
     out: int = 256,  # width of the projections d
 ) -> tuple:  # (projector, None)
-    "The projector alone, for ImageNet's networks one way."
+    """The projector alone, for ImageNet's networks one way.
+
+    Args:
+        dim: feature width D
+        hidden: hidden width
+        out: width of the projections d
+
+    Returns:
+        (projector, None)
+    """
     return sce_heads(dim, hidden, out)[0], None
 
 
 def sce_small_head(
     dim: int,  # feature width D
 ) -> tuple:  # (projector, None)
-    "SCE's projector on small images: two layers, batch-norm between them (its released code)."
+    """SCE's projector on small images: two layers, batch-norm between them (its released code).
+
+    Args:
+        dim: feature width D
+
+    Returns:
+        (projector, None)
+    """
     return mlp(dim, dim, 128, last_norm=False, last_bias=True), None
 
 # %% ../../nbs/methods/10_sce.ipynb #5a2682bb
@@ -261,8 +342,21 @@ def SCE(
     **slots,  # any slot of `Method` instead
 ) -> Method:
     """Similarity contrastive estimation (Denize et al. 2023).
-    `ValueError` for an unknown preset, `lam` outside [0,1] and wrong temperatures."""
-    config = config_for(sce_configs, preset, encoder.size)
+    `ValueError` for an unknown preset, `lam` outside [0,1] and wrong temperatures.
+
+    Args:
+        encoder: ResNet, or ViT
+        preset: 'cifar', 'stl10', 'tiny_imagenet', 'imagenet'; None: by the size
+        lam: share of the positive in the labels, lambda
+        tau: temperature of the query
+        tau_m: temperature of the labels; None: the preset's
+        symmetric: BYOL's two views both ways, with a predictor; None: the preset's
+        multi_crop: four small views too; symmetric, with its heads
+        hidden: hidden width of the symmetric form's heads
+        out: width of its projections
+        **slots: any slot of `Method` instead
+    """
+    config = config_for(sce_configs, preset, encoder)
     config = replace(config, loss=replace(config.loss, lam=lam, tau=tau, **given(tau_m=tau_m)))
     both_ways = multi_crop or (config.symmetric if symmetric is None else symmetric)
     if both_ways:

@@ -18,11 +18,7 @@ from ..ground.checks import require, require_choice, require_int, require_number
 from ssl_patch.models.interface import (
     Encoder,
     Features,
-    build_encoder,
-    encoder_kinds,
     image_side,
-    pool_patches,
-    random_patches,
     register_encoder,
     spec_side,
 )
@@ -32,7 +28,15 @@ def sincos_positions(
     grid: int,  # patches per side n
     dim: int,  # width D, a multiple of 4
 ) -> Tensor:  # (n*n,D), row-major
-    "Fixed 2-D sin-cos position embedding (MoCo v3). `ValueError` if `dim` is no multiple of 4."
+    """Fixed 2-D sin-cos position embedding (MoCo v3). `ValueError` if `dim` is no multiple of 4.
+
+    Args:
+        grid: patches per side n
+        dim: width D, a multiple of 4
+
+    Returns:
+        (n*n,D), row-major
+    """
     require(dim % 4 == 0, 'dim', 'a multiple of 4 (sine and cosine of row and column)', dim)
     omega = 10000 ** (-torch.arange(dim // 4) / (dim / 4))
     h, w = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing='ij')
@@ -95,14 +99,27 @@ def cut_patches(
     x: Tensor,  # (B,C,H,W), sides multiples of `side`
     side: int,  # of a patch, pixels
 ) -> Tensor:  # (B,M,C*side*side), row-major
-    "The pixels of every patch, in the order of a convolution's weights."
+    """The pixels of every patch, in the order of a convolution's weights.
+
+    Args:
+        x: (B,C,H,W), sides multiples of `side`
+        side: of a patch, pixels
+
+    Returns:
+        (B,M,C*side*side), row-major
+    """
     B, C, H, W = x.shape
     blocks = x.reshape(B, C, H // side, side, W // side, side).permute(0, 2, 4, 1, 3, 5)
     return blocks.reshape(B, H * W // side**2, C * side**2)
 
 # %% ../../nbs/models/01_encoders.ipynb #07fa9f21
 class ViT(Encoder):
-    "A timm vision transformer that runs on all of its patches, or on those that `keep` names."
+    """A timm vision transformer that runs on all of its patches, or on those that `keep` names.
+
+    Args:
+        net: timm's `VisionTransformer`, without classifier
+        spec: what `vit` was called with
+    """
 
     drops_patches = True
 
@@ -121,7 +138,11 @@ class ViT(Encoder):
         self,
         on: bool = True,  # False: the fused kernel again
     ):
-        "Softmax attention written out: the fused kernel's bfloat16 backward is slow on CPUs."
+        """Softmax attention written out: the fused kernel's bfloat16 backward is slow on CPUs.
+
+        Args:
+            on: False: the fused kernel again
+        """
         for b in self.net.blocks:
             b.attn.fused_attn = not on
         return self
@@ -130,7 +151,14 @@ class ViT(Encoder):
         self,
         grid: tuple,  # (rows, columns)
     ) -> Tensor:  # (1,M,D)
-        "The position embedding of a grid, resampled (bicubic) where it is not the encoder's own."
+        """The position embedding of a grid, resampled (bicubic) where it is not the encoder's own.
+
+        Args:
+            grid: (rows, columns)
+
+        Returns:
+            (1,M,D)
+        """
         if tuple(grid) == tuple(self.grid):
             return self.net.pos_embed
         from timm.layers import resample_abs_pos_embed
@@ -142,7 +170,11 @@ class ViT(Encoder):
         self,
         size: int,  # image side, pixels
     ):
-        "A copy for images of another side, its positions resampled."
+        """A copy for images of another side, its positions resampled.
+
+        Args:
+            size: image side, pixels
+        """
         new, own = super().at_size(size), self.net.pos_embed
         new.grid = (size // self.side,) * 2
         where = self.positions(new.grid).detach().clone()
@@ -156,6 +188,11 @@ class ViT(Encoder):
         x: Tensor,  # (B,3,size,size) uint8, or float in [0,1]
         keep: Tensor | None = None,  # (B,k) indices of patches, row-major; None: all
     ) -> Features:
+        """
+        Args:
+            x: (B,3,size,size) uint8, or float in [0,1]
+            keep: (B,k) indices of patches, row-major; None: all
+        """
         net = self.net
         grid = (x.shape[-1] // self.side,) * 2
         t = cut_patches(self.normalise(x), self.side)
@@ -180,7 +217,18 @@ def vit(
     heads: int | None = None,  # instead of the named number of heads
     drop_path: float = 0.0,  # stochastic depth
 ) -> ViT:
-    "A vision transformer. `ValueError` for unknown names, and for sizes that do not divide."
+    """A vision transformer. `ValueError` for unknown names, and for sizes that do not divide.
+
+    Args:
+        name: 'tiny', 'small' or 'base'
+        size: image side, pixels
+        patch: patch side, pixels; must divide `size`
+        variant: 'aps' or 'moco_v3': the table above
+        width: instead of the named width D
+        depth: instead of the named number of blocks
+        heads: instead of the named number of heads
+        drop_path: stochastic depth
+    """
     spec = dict(kind='vit', name=name, size=size, patch=patch, variant=variant)
     spec |= dict(width=width, depth=depth, heads=heads, drop_path=drop_path)
     require_choice(name, 'name', _vit_sizes)
@@ -216,7 +264,14 @@ register_encoder(
 
 # %% ../../nbs/models/01_encoders.ipynb #d3c6eac1
 class ResNet(Encoder):
-    "A torchvision ResNet: the image is the mean of the last map, patches are cells of a map."
+    """A torchvision ResNet: the image is the mean of the last map, patches are cells of a map.
+
+    Args:
+        net: torchvision's `ResNet`, without classifier
+        spec: what `resnet` was called with
+        size: image side, pixels
+        dim: channels D of the last map
+    """
 
     def __init__(
         self,
@@ -235,7 +290,14 @@ class ResNet(Encoder):
         self,
         size: int,  # image side, pixels
     ) -> tuple:  # (rows, columns)
-        "The map that an image of this side ends in."
+        """The map that an image of this side ends in.
+
+        Args:
+            size: image side, pixels
+
+        Returns:
+            (rows, columns)
+        """
         strides = dict(small=8, half=16, imagenet=32)
         return (math.ceil(size / (strides[self.spec['stem']] // (2 if self.early else 1))),) * 2
 
@@ -243,7 +305,11 @@ class ResNet(Encoder):
         self,
         size: int,  # image side, pixels
     ):
-        "A copy for images of another side; the stem stays."
+        """A copy for images of another side; the stem stays.
+
+        Args:
+            size: image side, pixels
+        """
         new = super().at_size(size)
         new.grid = self.grid_of(size)
         return new
@@ -253,6 +319,11 @@ class ResNet(Encoder):
         x: Tensor,  # (B,3,size,size) uint8, or float in [0,1]
         keep=None,  # must be None: a convolution sees all patches
     ) -> Features:
+        """
+        Args:
+            x: (B,3,size,size) uint8, or float in [0,1]
+            keep: must be None: a convolution sees all patches
+        """
         only = 'None: a ResNet sees all patches (use a ViT, or a method that keeps all)'
         require(keep is None, 'keep', only, keep)
         net = self.net
@@ -308,7 +379,15 @@ def resnet(
     width: int = 64,  # channels of the first stage
     feature_layer: str = 'layer4',  # the map whose cells are the patches, or 'layer3' before it
 ) -> ResNet:
-    "A residual network without its classifier. `ValueError` for unknown names, layers and widths."
+    """A residual network without its classifier. `ValueError` for unknown names, layers and widths.
+
+    Args:
+        name: of torchvision: 'resnet18', 'resnet34', 'resnet50', 'resnet101', ...
+        size: image side, pixels
+        stem: 'small', 'half' or 'imagenet'; 'auto': small up to 64 pixels
+        width: channels of the first stage
+        feature_layer: the map whose cells are the patches, or 'layer3' before it
+    """
     image_side(size, 'size')
     require_choice(feature_layer, 'feature_layer', ('layer4', 'layer3'))
     require_choice(stem, 'stem', ('auto', *_stems))

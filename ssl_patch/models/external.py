@@ -30,7 +30,16 @@ from .weights import Found, find_weights, first_line, flatten_state
 
 # %% ../../nbs/models/05_external.ipynb #1066a6de
 class ExternalEncoder(Encoder):
-    "A network of another library as an encoder, in eval mode. `ValueError` if it cannot run."
+    """A network of another library as an encoder, in eval mode. `ValueError` if it cannot run.
+
+    Args:
+        net: without classifier
+        read: function (net, normalised x) -> (image (B,D), (patches (B,M,D'), grid) or why not)
+        spec: kind, name, size, ...: plain data that `build_encoder` builds it from
+        size: image side, pixels
+        resize: side to which the published protocol resizes before it cuts `size`
+        head: names of the classifier that was taken off: a checkpoint may have them
+    """
 
     tried_on = 1  # images, when it is built
 
@@ -65,7 +74,11 @@ class ExternalEncoder(Encoder):
         self,
         n: int,  # image side, pixels
     ):
-        "What the network says of black images. `ValueError` if it says nothing."
+        """What the network says of black images. `ValueError` if it says nothing.
+
+        Args:
+            n: image side, pixels
+        """
         modes = [(m, m.training) for m in self.modules()]
         x = torch.zeros(self.tried_on, 3, n, n, dtype=precision_of(self), device=self.mean.device)
         try:
@@ -82,7 +95,11 @@ class ExternalEncoder(Encoder):
         self,
         *sizes: int,  # image sides, pixels
     ):
-        "Take square images of these sides too. `ValueError` where the network cannot run."
+        """Take square images of these sides too. `ValueError` where the network cannot run.
+
+        Args:
+            *sizes: image sides, pixels
+        """
         for n in sizes:
             image_side(n, 'size')
             if n not in self.sizes:
@@ -95,7 +112,11 @@ class ExternalEncoder(Encoder):
         size: int,  # image side, pixels
     ):
         """A copy for images of another side; where the network itself does not run on them, its
-        library builds it anew and resamples its positions. `ValueError` where neither goes."""
+        library builds it anew and resamples its positions. `ValueError` where neither goes.
+
+        Args:
+            size: image side, pixels
+        """
         image_side(size, 'size')
         try:
             new = super().at_size(size)
@@ -112,7 +133,11 @@ class ExternalEncoder(Encoder):
         self,
         size: int,  # image side, pixels
     ):
-        "The network as its library builds it for this side, with the weights of this one."
+        """The network as its library builds it for this side, with the weights of this one.
+
+        Args:
+            size: image side, pixels
+        """
         with torch.random.fork_rng(devices=[]):
             new = self.rebuilt(size=size)
         fill_encoder(new, self.net.state_dict())
@@ -126,6 +151,11 @@ class ExternalEncoder(Encoder):
         x: Tensor,  # (B,3,size,size) uint8, or float in [0,1]
         keep=None,  # must be None: these networks see all patches
     ) -> Features:
+        """
+        Args:
+            x: (B,3,size,size) uint8, or float in [0,1]
+            keep: must be None: these networks see all patches
+        """
         only = f'None: {self.label} cannot run on a subset of its patches (vit(...) can)'
         require(keep is None, 'keep', only, keep)
         image, patches = self.read(self.net, self.normalise(x))
@@ -170,7 +200,15 @@ def read_timm(
     net: nn.Module,  # of timm, with `num_classes=0`
     x: Tensor,  # (B,3,size,size) normalised
 ) -> tuple:  # image (B,D); (patches (B,M,D'), grid), or a str: why there are none
-    "Image vector and patches of a timm network."
+    """Image vector and patches of a timm network.
+
+    Args:
+        net: of timm, with `num_classes=0`
+        x: (B,3,size,size) normalised
+
+    Returns:
+        image (B,D); (patches (B,M,D'), grid), or a str: why there are none
+    """
     f = net.forward_features(x)
     return net.forward_head(f, pre_logits=True), _timm_patches(net, f)
 
@@ -190,7 +228,15 @@ def read_torchvision(
     net: nn.Module,  # of torchvision, without its last linear layer
     x: Tensor,  # (B,3,size,size) normalised
 ) -> tuple:  # image (B,D); (patches (B,M,D'), grid), or a str: why there are none
-    "Image vector and patches of a torchvision classification network."
+    """Image vector and patches of a torchvision classification network.
+
+    Args:
+        net: of torchvision, without its last linear layer
+        x: (B,3,size,size) normalised
+
+    Returns:
+        image (B,D); (patches (B,M,D'), grid), or a str: why there are none
+    """
     if hasattr(net, 'class_token'):  # a ViT: the tokens that its encoder gives, without the first
         seen = []
         hook = net.encoder.register_forward_hook(lambda module, inputs, out: seen.append(out))
@@ -210,7 +256,15 @@ def remove_classifier(
     net: nn.Module,  # changed in place
     label: str,  # of the network, for the error
 ) -> str:  # the name of the layer
-    "Replace the last linear layer by the identity. `ValueError` where there is none."
+    """Replace the last linear layer by the identity. `ValueError` where there is none.
+
+    Args:
+        net: changed in place
+        label: of the network, for the error
+
+    Returns:
+        the name of the layer
+    """
     linear = [n for n, m in net.named_modules() if isinstance(m, nn.Linear)]
     require(bool(linear), label, 'a network that ends in a linear classifier', net)
     parent, _, name = linear[-1].rpartition('.')
@@ -222,7 +276,15 @@ def read_own(
     net: nn.Module,  # maps images to vectors, to a map, or to `Features`
     x: Tensor,  # (B,3,size,size) normalised
 ) -> tuple:  # image (B,D); (patches (B,M,D'), grid), or a str: why there are none
-    "Image vector and patches of a network of one's own. `ValueError` for anything else it gives."
+    """Image vector and patches of a network of one's own. `ValueError` for anything else it gives.
+
+    Args:
+        net: maps images to vectors, to a map, or to `Features`
+        x: (B,3,size,size) normalised
+
+    Returns:
+        image (B,D); (patches (B,M,D'), grid), or a str: why there are none
+    """
     out, B = net(x), len(x)
     image, patches = getattr(out, 'image', out), 'it gives a vector for each image, and no map'
     if isinstance(image, Tensor) and image.ndim == 4:
@@ -255,7 +317,11 @@ class OwnEncoder(ExternalEncoder):
         seed: int = 0,  # of the weights
     ):
         """A copy whose layers have drawn their weights anew. What no layer of PyTorch's draws, such
-        as a parameter of a module of one's own, has its values shuffled."""
+        as a parameter of a module of one's own, has its values shuffled.
+
+        Args:
+            seed: of the weights
+        """
         new, drawn = copy.deepcopy(self).cpu(), set()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
@@ -278,7 +344,17 @@ def wrap(
     resize: int | None = None,  # side before the cut of `size`, for photographs; None: `size`
 ) -> OwnEncoder:  # in eval mode, with `net` itself inside
     """A network of your own as an encoder, which trains, is saved and measured as others are. Its
-    widths are found by trying it. `ValueError` for what cannot be one."""
+    widths are found by trying it. `ValueError` for what cannot be one.
+
+    Args:
+        net: maps (B,3,size,size) to vectors (B,D), a map (B,C,r,c) or `Features`
+        size: image side, pixels; None: `net.size`
+        stats: (mean, std) of [0,1] pixels that it wants; None: [0,1] as it is
+        resize: side before the cut of `size`, for photographs; None: `size`
+
+    Returns:
+        in eval mode, with `net` itself inside
+    """
     is_net = isinstance(net, nn.Module) and not isinstance(net, Encoder)
     what = 'a network, built: a torch nn.Module that is not an encoder yet'
     require(is_net, 'net', what, net if isinstance(net, type) else type(net))
@@ -325,7 +401,16 @@ def fill_encoder(
     state: dict,  # what a checkpoint holds
     tower: str = 'online',  # 'online', 'momentum', or a prefix
 ) -> Found:  # where the weights were
-    "Put the weights of a checkpoint into an encoder. `ValueError` unless all are found."
+    """Put the weights of a checkpoint into an encoder. `ValueError` unless all are found.
+
+    Args:
+        encoder: an `ExternalEncoder`, or an encoder of ours; changed in place
+        state: what a checkpoint holds
+        tower: 'online', 'momentum', or a prefix
+
+    Returns:
+        where the weights were
+    """
     head, convert = (), None
     if isinstance(encoder, ExternalEncoder):
         head, convert = encoder.head, _library_reader(encoder)

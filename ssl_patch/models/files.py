@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..ground.checks import require, require_int, shown
+from ..ground.checks import require, shown
 from . import encoders  # noqa: F401 (makes its kinds known)
 from .external import fill_encoder, wrap
 from ssl_patch.models.interface import (
@@ -22,7 +22,9 @@ from ssl_patch.models.interface import (
     build_encoder,
     check_spec,
     encoder_kinds,
+    image_side,
     require_stats,
+    spec_of,
 )
 from .libraries import library_name
 from .weights import first_line, read_weights, weight_suffixes
@@ -36,15 +38,14 @@ def save_encoder(
     "Write weights, spec, card and the fingerprints of the training images (aside, then renamed)."
     from safetensors.torch import save_file
 
-    path = Path(path)
+    path = Path(path).expanduser()
     aside = path.with_suffix('.tmp')
     state, trained_on = encoder.state_dict(), getattr(encoder, 'trained_on', None)
     if trained_on is not None:
         state = state | dict(trained_on=trained_on)
     tensors = {k: v.contiguous().cpu() for k, v in state.items()}
-    as_own = dict(kind='own', name=type(encoder).__name__, size=getattr(encoder, 'size', None))
     # what no file may say is written too: `load_encoder` then says what it was
-    spec = json.dumps(getattr(encoder, 'spec', as_own), default=shown)
+    spec = json.dumps(spec_of(encoder), default=shown)
     save_file(tensors, aside, metadata=dict(spec=spec, card=json.dumps(card or {})))
     return aside.replace(path)
 
@@ -65,7 +66,7 @@ def current_card(
     "The card in the words of today; files that were written before have others."
     return card | dict(tower='momentum') if card.get('tower') == 'target' else card
 
-# %% ../../nbs/models/07_files.ipynb #54291a48
+# %% ../../nbs/models/07_files.ipynb #d6b91005
 def _json_dict(text, what, path):
     "A dict that a file has as JSON text."
     try:
@@ -120,7 +121,7 @@ def load_encoder(
     "Rebuild an encoder from its file. `ValueError` if the file is not one of ours."
     from safetensors.torch import load_file
 
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f'no encoder file at {path}')
     (spec, card), state = _read_header(path), load_file(path)
@@ -356,15 +357,17 @@ def open_encoder(
     seed: int = 0,  # of random weights
 ) -> nn.Module:  # in eval mode; `.card` says what was opened, `.tower` which tower
     "An encoder from anywhere. `ValueError` for what does not fit, `FileNotFoundError` for files."
-    require_int(size, 'size', least=1, optional=True)
-    require_int(resize, 'resize', least=1, optional=True)
+    image_side(size, 'size', optional=True)
+    image_side(resize, 'resize', optional=True)
     require(isinstance(arch_args, dict | None), 'arch_args', 'a dict, or None', arch_args)
     require_stats(stats)
     is_module, is_name = isinstance(what, nn.Module), isinstance(what, str)
     fine = is_module or is_name or isinstance(what, Path)
     require(fine, 'what', 'a name, a path or a torch nn.Module', what)
     if not is_module and (not is_name or _is_path(what)):
-        encoder = _open_path(Path(what), arch, arch_args or {}, size, resize, tower, seed)
+        encoder = _open_path(
+            Path(what).expanduser(), arch, arch_args or {}, size, resize, tower, seed
+        )
         return encoder.set_stats(*stats) if stats else encoder
     require(arch is None, 'arch', 'None: it is for files of weights', arch)
     require(tower == 'online', 'tower', "'online': others are for files of weights", tower)

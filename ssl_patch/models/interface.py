@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['image_side', 'spec_side', 'encoder_kinds', 'spec_fields', 'Features', 'ImageOnly', 'pool_patches', 'random_patches',
-           'precision_of', 'require_stats', 'Encoder', 'register_encoder', 'check_spec', 'build_encoder']
+           'precision_of', 'require_stats', 'Encoder', 'spec_of', 'require_encoder', 'register_encoder', 'check_spec',
+           'build_encoder']
 
-# %% ../../nbs/models/00_interface.ipynb #344dee70
+# %% ../../nbs/models/00_interface.ipynb #628e652d
 import copy
 import math
 from dataclasses import dataclass
@@ -29,7 +30,13 @@ from ssl_patch.ground.checks import (
 # %% ../../nbs/models/00_interface.ipynb #52c70c50
 @dataclass
 class Features:
-    "What an encoder says of a batch of images: ViT tokens and ResNet cells alike, as patches."
+    """What an encoder says of a batch of images: ViT tokens and ResNet cells alike, as patches.
+
+    Args:
+        image: (B,D) one vector per image: CLS token, or average pool
+        patches: (B,M,D') one vector per patch that was kept, row-major; D' is `encoder.patch_dim`
+        grid: (rows, columns) of the whole grid; M is their product unless patches were dropped
+    """
 
     image: Tensor  # (B,D) one vector per image: CLS token, or average pool
     # (B,M,D') one vector per patch that was kept, row-major; D' is `encoder.patch_dim`
@@ -41,12 +48,21 @@ class Features:
         self,
         i: Tensor,  # (n,) long
     ):
-        "The features of images `i`, in that order."
+        """The features of images `i`, in that order.
+
+        Args:
+            i: (n,) long
+        """
         return Features(self.image[i], self.patches[i], self.grid)
 
 
 class ImageOnly(Features):
-    "Features without patches: asking for `patches` or `grid` is a `ValueError` that says why."
+    """Features without patches: asking for `patches` or `grid` is a `ValueError` that says why.
+
+    Args:
+        image: (B,D)
+        why: the reason, for the error
+    """
 
     has_patches = False
 
@@ -75,7 +91,15 @@ def pool_patches(
     features: Features,  # of whole grids
     pool: int,  # patches per side of a block, p; must divide rows and columns
 ) -> Features:  # patches (B,M/p^2,D'), grid (rows/p, columns/p)
-    "Patches averaged over p x p blocks. `ValueError` for a grid that is not whole or not divided."
+    """Patches averaged over p x p blocks. `ValueError` for a grid that is not whole or not divided.
+
+    Args:
+        features: of whole grids
+        pool: patches per side of a block, p; must divide rows and columns
+
+    Returns:
+        patches (B,M/p^2,D'), grid (rows/p, columns/p)
+    """
     require_int(pool, 'pool', least=1)
     if pool == 1:
         return features
@@ -95,14 +119,23 @@ def random_patches(
     n: int | None,  # of each image; None, or M and more: all
     generator: torch.Generator | None = None,  # of the draw
 ) -> Tensor:  # (B,n,d)
-    "`n` patches of every image, uniformly and without replacement."
+    """`n` patches of every image, uniformly and without replacement.
+
+    Args:
+        x: (B,M,d) vectors of patches
+        n: of each image; None, or M and more: all
+        generator: of the draw
+
+    Returns:
+        (B,n,d)
+    """
     if n is None or n >= x.shape[1]:
         return x
     chances = torch.rand(x.shape[:2], device=x.device, generator=generator)
     images = torch.arange(len(x), device=x.device)[:, None]
     return x[images, chances.topk(n, 1).indices]
 
-# %% ../../nbs/models/00_interface.ipynb #6dde2632
+# %% ../../nbs/models/00_interface.ipynb #a08101cf
 _square = ' (pixels; images are square here)'
 image_side = partial(require_int, least=1, hint=_square)  # a check (value, name)
 spec_side = partial(require_int, least=1, most=2048, hint=_square)  # the same, of a spec
@@ -111,7 +144,12 @@ spec_side = partial(require_int, least=1, most=2048, hint=_square)  # the same, 
 def precision_of(
     module: nn.Module,  # a network
 ) -> torch.dtype:
-    "The type of a network's numbers: that of its first floating-point weight; without any float32."
+    """The type of a network's numbers: that of its first floating-point weight; without any
+    float32.
+
+    Args:
+        module: a network
+    """
     kinds = (p.dtype for p in module.parameters() if p.is_floating_point())
     return next(kinds, torch.float32)
 
@@ -119,7 +157,11 @@ def precision_of(
 def require_stats(
     stats,  # (mean, std) of [0,1] pixels, or None
 ):
-    "`ValueError` unless these are a mean and a std of three channels, or None."
+    """`ValueError` unless these are a mean and a std of three channels, or None.
+
+    Args:
+        stats: (mean, std) of [0,1] pixels, or None
+    """
     try:
         mean, std = ([0] * 3, [1] * 3) if stats is None else stats
         fine = torch.as_tensor(mean).numel() == torch.as_tensor(std).numel() == 3
@@ -143,7 +185,13 @@ def _remedy(x):
 
 # %% ../../nbs/models/00_interface.ipynb #91d5c35e
 class Encoder(nn.Module):
-    "What all encoders share: input checks, normalisation, and a `spec` to build the same again."
+    """What all encoders share: input checks, normalisation, and a `spec` to build the same again.
+
+    Args:
+        spec: kind and arguments: plain data that `build_encoder` builds it from
+        size: image side, pixels
+        dim: width D of the image vector
+    """
 
     drops_patches = False  # whether `forward` takes `keep`
     side = 1  # of a patch: the side of an image must be a multiple of it
@@ -170,7 +218,12 @@ class Encoder(nn.Module):
         mean,  # (3,) of [0,1] pixels
         std,  # (3,)
     ):
-        "Channel statistics, subtracted and divided by on every forward; the encoder itself."
+        """Channel statistics, subtracted and divided by on every forward; the encoder itself.
+
+        Args:
+            mean: (3,) of [0,1] pixels
+            std: (3,)
+        """
         self.mean.copy_(torch.as_tensor(mean))
         self.std.copy_(torch.as_tensor(std))
         return self
@@ -179,7 +232,11 @@ class Encoder(nn.Module):
         self,
         *sizes: int,  # image sides, pixels
     ):
-        "Take square images of these sides too, as multi-crop needs. `ValueError` where none fits."
+        """Take square images of these sides too, as multi-crop needs. `ValueError` where none fits.
+
+        Args:
+            *sizes: image sides, pixels
+        """
         for n in sizes:
             image_side(n, 'size')
             require(n % self.side == 0, 'size', f'a multiple of the patch side {self.side}', n)
@@ -190,7 +247,14 @@ class Encoder(nn.Module):
         self,
         x: Tensor,  # (B,3,n,n) uint8, or float in [0,1], with n in `sizes`
     ) -> Tensor:  # float, in the precision of the network
-        "Images as the network likes them. `ValueError` for images that it does not take."
+        """Images as the network likes them. `ValueError` for images that it does not take.
+
+        Args:
+            x: (B,3,n,n) uint8, or float in [0,1], with n in `sizes`
+
+        Returns:
+            float, in the precision of the network
+        """
         square = x.ndim == 4 and x.shape[1] == 3 and x.shape[2] == x.shape[3]
         if not (square and x.shape[3] in self.sizes):
             shapes = ' or '.join(f'(B,3,{n},{n})' for n in sorted(self.sizes, reverse=True))
@@ -204,7 +268,11 @@ class Encoder(nn.Module):
         self,
         size: int,  # image side, pixels
     ):
-        "A copy for images of another side: what depends on the side is made to fit."
+        """A copy for images of another side: what depends on the side is made to fit.
+
+        Args:
+            size: image side, pixels
+        """
         new = copy.deepcopy(self)
         new.accept(size)
         new.size, new.sizes = size, {size}
@@ -215,7 +283,11 @@ class Encoder(nn.Module):
         self,
         seed: int = 0,  # of the weights
     ):
-        "The same architecture and statistics with random weights: the baseline of every number."
+        """The same architecture and statistics with random weights: the baseline of every number.
+
+        Args:
+            seed: of the weights
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             new = self.rebuilt()
@@ -225,9 +297,57 @@ class Encoder(nn.Module):
         self,
         **changes,  # entries of the spec that are others, such as size=64
     ):
-        "A new encoder of this spec, with random weights and without statistics."
+        """A new encoder of this spec, with random weights and without statistics.
+
+        Args:
+            **changes: entries of the spec that are others, such as size=64
+        """
         told = {**self.spec, **changes}
         return encoder_kinds[told.pop('kind')](**told)
+
+    def __repr__(self):
+        told = {k: v for k, v in self.spec.items() if v is not None and k != 'kind'}
+        spec = ', '.join(f'{k}={v!r}' for k, v in told.items())
+        grid = getattr(self, 'grid', None)
+        patches = f', patches {grid[0]} x {grid[1]} of {self.patch_dim}' if grid else ''
+        count = sum(p.numel() for p in self.parameters())
+        made = f'{count:,} parameters, vectors of {self.dim}{patches}'
+        return f'{type(self).__name__}({spec}): {made}'
+
+
+def spec_of(
+    encoder: nn.Module,  # any module with `.size`
+) -> dict:
+    """The spec of an encoder. A module without one is a network of its owner's, see `wrap`.
+
+    Args:
+        encoder: any module with `.size`
+    """
+    own = dict(kind='own', name=type(encoder).__name__, size=getattr(encoder, 'size', None))
+    return getattr(encoder, 'spec', own)
+
+
+def require_encoder(
+    encoder,  # what was given to a method
+    patches: bool = False,  # whether its patches are needed too
+):
+    """`ValueError` that says what is missing, unless a method can train this.
+
+    Args:
+        encoder: what was given to a method
+        patches: whether its patches are needed too
+    """
+    needed = ('size', 'dim', 'grid', 'drops_patches')
+    what = 'an encoder: vit(...), resnet(...) or open_encoder(...)'
+    lacks = [f'.{name}' for name in needed if not hasattr(encoder, name)]
+    if lacks and isinstance(encoder, nn.Module):
+        got = f'{type(encoder).__name__}, which has no {", ".join(lacks)}'
+        what += '; wrap(net, size=...) makes one of a network of your own'
+        raise ValueError(f'encoder must be {what}; got {got}')
+    require(not lacks, 'encoder', what, encoder)
+    fits = not patches or encoder.grid is not None
+    words = 'one with patches, for a patch loss (a ViT, a ResNet, a network that gives a map)'
+    require(fits, 'encoder', words, getattr(encoder, 'label', type(encoder)))
 
 # %% ../../nbs/models/00_interface.ipynb #3fdab5c4
 encoder_kinds = {}  # kind -> what builds an encoder from the other entries of its spec
@@ -239,7 +359,13 @@ def register_encoder(
     build,  # function (**the other entries of the spec) -> encoder
     **fields,  # each entry that a spec may have: its check, a function (value, name)
 ):
-    "Make a kind of encoder known, and all that a spec of it may say."
+    """Make a kind of encoder known, and all that a spec of it may say.
+
+    Args:
+        kind: how specs call it
+        build: function (**the other entries of the spec) -> encoder
+        **fields: each entry that a spec may have: its check, a function (value, name)
+    """
     encoder_kinds[kind], spec_fields[kind] = build, fields
 
 
@@ -255,7 +381,14 @@ def _require_plain(value, name):
 def check_spec(
     spec: dict,  # kind and arguments, perhaps from a file
 ) -> dict:  # the same
-    "`ValueError` unless a spec holds what its kind may be told, each of its type and range."
+    """`ValueError` unless a spec holds what its kind may be told, each of its type and range.
+
+    Args:
+        spec: kind and arguments, perhaps from a file
+
+    Returns:
+        the same
+    """
     require(isinstance(spec, dict), 'spec', 'a dict with the kind of encoder', spec)
     kind = spec.get('kind')
     require_choice(kind, 'kind', encoder_kinds)
@@ -299,7 +432,12 @@ def build_encoder(
     spec: dict,  # the `spec` of an encoder: kind and arguments
     most: int | None = None,  # numbers that it may be made of; None: any
 ) -> Encoder:
-    "A new encoder, randomly initialised, from its `spec`. `ValueError` for what no spec may say."
+    """A new encoder, randomly initialised, from its `spec`. `ValueError` for what no spec may say.
+
+    Args:
+        spec: the `spec` of an encoder: kind and arguments
+        most: numbers that it may be made of; None: any
+    """
     told = dict(check_spec(spec))
     build = encoder_kinds[told.pop('kind')]
     if most is None:

@@ -67,7 +67,15 @@ def _require_network(library, name):
 def library_name(
     name: str,  # 'timm/NAME', 'torchvision/NAME', or a NAME that one of them alone has
 ) -> tuple:  # (library, name)
-    "Which library is meant. `ValueError` for a name that none has (with close ones), or both have."
+    """Which library is meant. `ValueError` for a name that none has (with close ones), or both
+    have.
+
+    Args:
+        name: 'timm/NAME', 'torchvision/NAME', or a NAME that one of them alone has
+
+    Returns:
+        (library, name)
+    """
     libraries = ('torchvision', 'timm')
     library, slash, rest = name.partition('/')
     if slash:
@@ -129,7 +137,18 @@ def from_timm(
     pretrained: bool = False,  # the published weights, or random ones
     **args,  # of timm's `create_model`: num_heads=12, img_size=..., drop_path_rate=...
 ) -> ExternalEncoder:  # in eval mode
-    "A timm network without classifier. `ValueError` for what timm does not know or cannot build."
+    """A timm network without classifier. `ValueError` for what timm does not know or cannot build.
+
+    Args:
+        name: with or without a tag: 'vit_small_patch16_224', 'resnet50.a1_in1k'
+        size: image side, pixels; None: the published one
+        resize: side before the cut; None: the published one, in proportion
+        pretrained: the published weights, or random ones
+        **args: of timm's `create_model`: num_heads=12, img_size=..., drop_path_rate=...
+
+    Returns:
+        in eval mode
+    """
     _require_network('timm', name)
     _require_sides(size, resize)
     timm, label = _timm(), f'timm/{name}'
@@ -186,7 +205,18 @@ def from_torchvision(
     pretrained: bool = False,  # the published weights (the default ones unless named), or random
     **args,  # of torchvision's builder
 ) -> ExternalEncoder:  # in eval mode
-    "A torchvision network without classifier. `ValueError` for what it does not know or build."
+    """A torchvision network without classifier. `ValueError` for what it does not know or build.
+
+    Args:
+        name: with or without its weights: 'resnet50', 'resnet50.IMAGENET1K_V1'
+        size: image side, pixels; None: the published one
+        resize: side before the cut; None: the published one, in proportion
+        pretrained: the published weights (the default ones unless named), or random
+        **args: of torchvision's builder
+
+    Returns:
+        in eval mode
+    """
     from torchvision.models import get_model, get_model_weights
 
     _require_network('torchvision', name)

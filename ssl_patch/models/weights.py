@@ -21,7 +21,15 @@ def flatten_state(
     state: dict,  # dictionaries of dictionaries of tensors
     at: str = '',  # prefix so far
 ) -> dict:  # long name -> tensor
-    "All tensors of nested dictionaries, names joined by dots; what is no tensor is left out."
+    """All tensors of nested dictionaries, names joined by dots; what is no tensor is left out.
+
+    Args:
+        state: dictionaries of dictionaries of tensors
+        at: prefix so far
+
+    Returns:
+        long name -> tensor
+    """
     require(isinstance(state, dict), 'state', 'a dictionary of tensors', state)
     flat = {}
     for k, v in state.items():
@@ -71,7 +79,14 @@ _tower_words = dict(
 def tower_of(
     prefix: str,  # 'module.encoder_q.'
 ) -> str:  # 'online', 'momentum', or '' where the words do not tell
-    "The tower that a prefix speaks of: its words between dots and underscores."
+    """The tower that a prefix speaks of: its words between dots and underscores.
+
+    Args:
+        prefix: 'module.encoder_q.'
+
+    Returns:
+        'online', 'momentum', or '' where the words do not tell
+    """
     words = set(re.split(r'[._]', prefix.lower()))
     told = [t for t, known in _tower_words.items() if words & known]
     if not told and 'tower' in words:  # the plain name of a method's own
@@ -99,7 +114,14 @@ def _choose(fits, tower):
 # %% ../../nbs/models/04_weights.ipynb #5fbb5095
 @dataclass
 class Found:
-    "The weights of one network in a file."
+    """The weights of one network in a file.
+
+    Args:
+        weights: name in the network -> tensor
+        prefix: what stood before those names
+        tower: 'online', 'momentum', or '' where the prefix does not tell
+        resampled: names of position embeddings that were made to fit another image size
+    """
 
     weights: dict  # name in the network -> tensor
     prefix: str  # what stood before those names
@@ -187,7 +209,15 @@ def find_weights(
     head: tuple = (),  # names of the classifier that `net` no longer has
     convert=None,  # function (tensors by name) -> the same in the library's present names and sizes
 ) -> Found:
-    "All tensors of a network, whatever their prefix. `ValueError`: what is missing, or two fit."
+    """All tensors of a network, whatever their prefix. `ValueError`: what is missing, or two fit.
+
+    Args:
+        state: what a checkpoint holds, nested or not
+        net: to be filled, without its classifier
+        tower: or 'momentum', where the file has two; or the prefix itself
+        head: names of the classifier that `net` no longer has
+        convert: function (tensors by name) -> the same in the library's present names and sizes
+    """
     flat, want = flatten_state(state), net.state_dict()
     prefixes, numbered = _prefixes(flat, want), _numbered(flat, want)
     if not prefixes and not numbered:
@@ -222,17 +252,28 @@ weight_suffixes = ('.pt', '.pth', '.tar', '.ckpt', '.safetensors', '.bin')  # of
 def first_line(
     error: Exception,  # whatever a library has raised
 ) -> str:
-    "The kind of an error and the first line of what it says."
+    """The kind of an error and the first line of what it says.
+
+    Args:
+        error: whatever a library has raised
+    """
     return f'{type(error).__name__}: {error}'.strip().split('\n')[0][:200]
 
 
 def read_weights(
     path,  # .safetensors, or what torch.save wrote: .pt, .pth, .pth.tar, .ckpt, .bin
 ) -> dict:  # nested, as it was saved; tensors on the CPU
-    "What a checkpoint holds, and nothing in it is run. `ValueError` for more than plain data."
+    """What a checkpoint holds, and nothing in it is run. `ValueError` for more than plain data.
+
+    Args:
+        path: .safetensors, or what torch.save wrote: .pt, .pth, .pth.tar, .ckpt, .bin
+
+    Returns:
+        nested, as it was saved; tensors on the CPU
+    """
     from argparse import Namespace
 
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f'no checkpoint at {path}')
     try:

@@ -15,8 +15,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from textwrap import fill
 from ..ground.checks import require, require_int
+from ..ground.text import in_picture, markdown
 from ..evaluation.records import Table, grid_lines
-from .runs import Run, load_runs, method_names, of_data
+from .runs import Run, load_runs, method_names, of_data, read_runs
 from .bootstrap import difference, drawn_over, few_seeds
 from .columns import entries_of, notes_of
 
@@ -55,7 +56,9 @@ def _dots(ax, rows, colors, bars=None):
             ax.plot(bars[n], [y] * 2, c=c, lw=1.2, alpha=0.7)
         ax.plot(v, [y] * len(v), 'o', ms=4, c=c, alpha=0.75, mec='none')
         ax.plot([mean(v)] * 2, [y - 0.3, y + 0.3], c=c, lw=2)
-    ax.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
+    ax.set(
+        yticks=range(len(rows)), yticklabels=[*map(in_picture, rows)], ylim=(len(rows) - 0.5, -0.5)
+    )
     ax.grid(axis='x', alpha=0.3)
 
 
@@ -65,7 +68,7 @@ def _value_panel(c, ax, column, colors):
     values = {b: by.get(column, {}) for b, by in c.baselines.items()}
     values |= {n: c.values(n, column) for n in c.rows}
     _dots(ax, {n: [100 * x for x in v.values()] for n, v in values.items()}, colors)
-    ax.set_title(f'{fill(column, 30)}\nchance {100 * record.chance:.3g} %', fontsize=9)
+    ax.set_title(f'{fill(in_picture(column), 30)}\nchance {100 * record.chance:.3g} %', fontsize=9)
     metric = {'top-1': 'top-1 accuracy'}.get(record.metric, record.metric)
     ax.set_xlabel(f'{metric}, %', fontsize=8)
 
@@ -77,7 +80,7 @@ def _gap_panel(c, ax, column, colors):
     gaps = {n: list(d.gaps.values()) if d else [] for n, d in found.items()}
     _dots(ax, gaps, colors, bars)
     ax.axvline(0, c='black', lw=0.8)
-    ax.set_xlabel(f'points above {c.baseline}', fontsize=8)
+    ax.set_xlabel(in_picture(f'points above {c.baseline}'), fontsize=8)
 
 # %% ../../nbs/reports/05_compare.ipynb #76ec1ee1
 _WHO = ['protocol', 'data', 'metric', 'layer', 'tower', 'encoder', 'architecture']
@@ -110,7 +113,14 @@ class Comparison:
         row: str,  # a method
         column: str,
     ) -> dict:  # seed -> fraction
-        "What a method reached; of a run that was probed with several seeds, their mean."
+        """What a method reached; of a run that was probed with several seeds, their mean.
+
+        Args:
+            row: a method
+
+        Returns:
+            seed -> fraction
+        """
         found = self._found.get((row, column), {})
         return {s: mean(x.value for x in xs) for s, xs in sorted(found.items())}
 
@@ -120,7 +130,15 @@ class Comparison:
         b: str,  # another
         column: str,
     ) -> dict:  # seed -> points by which `a` is above `b`
-        "Paired differences, in percentage points, for seeds that have both."
+        """Paired differences, in percentage points, for seeds that have both.
+
+        Args:
+            a: a method
+            b: another
+
+        Returns:
+            seed -> points by which `a` is above `b`
+        """
         u, v = self.values(a, column), self.values(b, column)
         return {s: 100 * (u[s] - v[s]) for s in u if s in v}
 
@@ -130,7 +148,12 @@ class Comparison:
         b: str,  # another
         column: str,
     ):  # -> `Difference`, or None if they share no seed
-        "How far `a` is above `b`, with its interval."
+        """How far `a` is above `b`, with its interval.
+
+        Args:
+            a: a method
+            b: another
+        """
         at = a, b, column
         if at not in self._differences:
             u, v = (self._found.get((n, column), {}) for n in (a, b))
@@ -155,14 +178,18 @@ class Comparison:
         metrics = sorted({e.record.metric for e in self.entries})
         head = [f'{metrics[0]}, %' if len(metrics) == 1 else '%', *self.columns, 'seeds']
         rows = [[n, *cells, k] for n, cells, k in self.scored()]
-        notes = self.notes + [f'- {line}' for line in self.notes_of_rows]
+        notes = self.notes + [markdown(f'- {line}') for line in self.notes_of_rows]
         return Table('\n'.join([*grid_lines(head, rows), '', *notes]))
 
     def between(
         self,
         pairs,  # (method, method it is compared with)
     ) -> Table:
-        "Mean differences in points, 95 % intervals, and the seeds in which the first is above."
+        """Mean differences in points, 95 % intervals, and the seeds in which the first is above.
+
+        Args:
+            pairs: (method, method it is compared with)
+        """
         pairs, rows, apart, found = list(pairs), [], [], []
         odd = sorted({n for p in pairs for n in p} - set(self.rows))
         require(not odd, 'pairs', f'pairs of {", ".join(self.rows)}', ', '.join(odd))
@@ -180,9 +207,10 @@ class Comparison:
         if found:
             interval = f'its 95 % interval ({self.draws} draws)'
             cell = f'in brackets {interval} and the seeds in which it is above 0'
-            notes = [f'- mean difference in points; {cell}', *drawn_over(found)]
+            notes = [f'- mean difference in points; {cell}', *map(markdown, drawn_over(found))]
             notes += few_seeds([d for *_, d in found])
-        return Table('\n'.join([*grid_lines(['points', *self.columns], rows), '', *notes, *apart]))
+        notes += map(markdown, apart)
+        return Table('\n'.join([*grid_lines(['points', *self.columns], rows), '', *notes]))
 
     @property
     def differences(self) -> Table:
@@ -194,7 +222,12 @@ class Comparison:
         colors: dict | None = None,  # row -> colour; others are grey. None: each has one
         wide: int = 3,  # columns side by side
     ):  # -> matplotlib figure
-        "Dots per seed and their means; below, the differences to the baseline with intervals."
+        """Dots per seed and their means; below, the differences to the baseline with intervals.
+
+        Args:
+            colors: row -> colour; others are grey. None: each has one
+            wide: columns side by side
+        """
         import matplotlib.pyplot as plt
 
         if colors is None:
@@ -246,8 +279,12 @@ class Comparison:
         self,
         folder,  # made if it does not exist
     ) -> Path:
-        "Write comparison.md, comparison.csv and comparison.png."
-        folder = Path(folder)
+        """Write comparison.md, comparison.csv and comparison.png.
+
+        Args:
+            folder: made if it does not exist
+        """
+        folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / 'comparison.md').write_text(f'{self}\n', encoding='utf-8')
         (folder / 'comparison.csv').write_text(self.csv, encoding='utf-8')
@@ -266,7 +303,7 @@ class Comparison:
             part = Comparison(runs, None, list(dict.fromkeys(here)), self.draws, self.seed)
             if self.baseline in part.rows:
                 part.baseline = self.baseline
-            yield f'**{data}**\n\n', part
+            yield f'**{markdown(data)}**\n\n', part
 
     def __repr__(self):
         return '\n\n'.join(f'{head}{c.table}\n\n{c.differences}' for head, c in self.by_data())
@@ -286,8 +323,10 @@ def _measured(runs):
     words = 'a folder, a file of runs, a list of such, or what `load_runs` gave'
     for f in given:
         require(isinstance(f, (str, os.PathLike)), 'runs', words, f)
-        require(Path(f).exists(), 'runs', 'a folder or file that is there', str(f))
-        require(load_runs(f), 'runs', 'a folder or file of runs with records', str(f))
+        require(Path(f).expanduser().exists(), 'runs', 'a folder or file that is there', str(f))
+        here, broken = read_runs(f)
+        measured = broken or any(r.records for r in here)  # `load_runs` tells what is broken
+        require(measured, 'runs', 'a folder or file of runs with records', str(f))
     return load_runs(given)
 
 
@@ -309,7 +348,15 @@ def compare(
     draws: int = 2000,  # of the bootstrap
     seed: int = 0,  # of the bootstrap
 ) -> Comparison:
-    "Compare runs. ValueError for one without records, and for a protocol or baseline not there."
+    """Compare runs. ValueError for one without records, and for a protocol or baseline not there.
+
+    Args:
+        runs: as `load_runs` takes them, or what it gave
+        baseline: the row that others are compared with; None: the first
+        protocols: a protocol, or several in the order of their columns; None: all
+        draws: of the bootstrap
+        seed: of the bootstrap
+    """
     require_int(draws, 'draws', 1)
     require_int(seed, 'seed')
     given = _measured(runs)
@@ -320,7 +367,15 @@ def scores(
     runs,  # as `load_runs` gives them
     protocol: str,  # 'kNN', 'linear', ...
 ) -> dict:  # name -> seed -> fraction, baselines first
-    "What a protocol measured. ValueError if that was in several ways that must not be mixed."
+    """What a protocol measured. ValueError if that was in several ways that must not be mixed.
+
+    Args:
+        runs: as `load_runs` gives them
+        protocol: 'kNN', 'linear', ...
+
+    Returns:
+        name -> seed -> fraction, baselines first
+    """
     if not any(x.protocol == protocol for r in runs for x in r.records):
         return {}
     c = compare(runs, protocols=[protocol])
@@ -334,7 +389,12 @@ def seed_noise(
     runs,  # at least one that was measured
     protocol: str,  # 'kNN', 'linear', ...
 ) -> str:
-    "How likely a coin gives equal signs, and the standard error that the test set alone brings."
+    """How likely a coin gives equal signs, and the standard error that the test set alone brings.
+
+    Args:
+        runs: at least one that was measured
+        protocol: 'kNN', 'linear', ...
+    """
     n = len({r.seed for r in runs})
     x = [x for r in runs for x in r.records if x.protocol == protocol]
     require(x, 'protocol', 'one that a run was measured by', protocol)

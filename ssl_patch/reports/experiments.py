@@ -9,6 +9,7 @@ __all__ = ['experiment_log']
 import re
 from statistics import mean
 from ..ground.checks import require
+from ..ground.text import markdown, plain
 from ..evaluation.records import Table, grid_lines
 from .runs import Run, load_runs
 from .fairness import run_facts
@@ -170,8 +171,9 @@ def _group(runs, first, title):
         for i, n in enumerate(told)
     ]
     table = grid_lines(['%', 'no.', *c.columns, *shown], rows)
-    head = [f'**{title}**', ''] * bool(title)
-    return [*head, *table, '', f'All rows: {same}.', *_notes(c), ''], commands
+    head = [f'**{markdown(title)}**', ''] * bool(title)
+    notes = map(markdown, [f'All rows: {same}.', *_notes(c)])
+    return [*head, *table, '', *notes, ''], commands
 
 # %% ../../nbs/reports/07_experiments.ipynb #abacdcdc
 _LEGEND = (
@@ -184,16 +186,23 @@ _LEGEND = (
 
 def _numbered(i, name, trained, measured, more):
     "A line of the list of commands."
-    quoted = lambda commands: ' / '.join(f'`{c}`' for c in commands) or 'not recorded'
+    code = lambda c: '`' + plain(c).replace('`', "'") + '`'
+    quoted = lambda commands: ' / '.join(map(code, commands)) or 'not recorded'
     probes = f'; measured by {quoted(measured)}' * bool(measured)
-    return f'{i}. {name}: {quoted(trained)}{probes}' + ''.join(f'; {w}' for w in more)
+    told = ''.join(f'; {markdown(w)}' for w in more)
+    return f'{i}. {markdown(name)}: {quoted(trained)}{probes}{told}'
 
 
 def experiment_log(
     folders,  # as `load_runs` takes them, or what it gave; or title -> such, for a table each
     commands: bool = True,  # with the list of commands, folded
 ) -> Table:
-    "Every experiment with its result, cost and command. ValueError if there is none."
+    """Every experiment with its result, cost and command. ValueError if there is none.
+
+    Args:
+        folders: as `load_runs` takes them, or what it gave; or title -> such, for a table each
+        commands: with the list of commands, folded
+    """
     groups, lines, listed = folders if isinstance(folders, dict) else {'': folders}, [], []
     require(groups, 'folders', 'at least one', folders)
     for title, given in groups.items():

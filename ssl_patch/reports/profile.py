@@ -12,6 +12,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from statistics import mean, median
 import torch
+from ..ground.text import markdown
 from ..ground.checks import require, require_int
 from ..evaluation.records import Table, grid_lines
 from ..training.progress import collapse_stats, online_knn
@@ -29,7 +30,13 @@ phases = 'load', 'views', 'sample', 'forward', 'backward', 'optimiser', 'bookkee
 
 
 class Clock:
-    "Called with the name of the phase that begins, or None: seconds of each, a row for each batch."
+    """Called with the name of the phase that begins, or None: seconds of each, a row for each
+    batch.
+
+    Args:
+        device: where the work is done; a GPU is waited for
+        now: what tells the time
+    """
 
     def __init__(
         self,
@@ -54,7 +61,20 @@ class Clock:
 # %% ../../nbs/reports/09_profile.ipynb #88d1e2fe
 @dataclass(repr=False)
 class Profile:
-    "Where the time of a batch goes, and what it would need at least."
+    """Where the time of a batch goes, and what it would need at least.
+
+    Args:
+        name: of the method
+        images: per batch
+        steps: optimiser steps per batch
+        bf16: whether it computes in bfloat16
+        seconds: phase -> seconds, one per batch
+        total: seconds per batch, where no clock waits between the phases
+        bound: phase -> seconds per batch that it needs at least
+        epoch: what is seldom done -> seconds, once in n batches
+        work: of one step, by `step_work`
+        rates: of the device, by `machine_rates`
+    """
 
     name: str  # of the method
     images: int  # per batch
@@ -75,17 +95,33 @@ class Profile:
         return median(self.seconds[phase])  # seconds per batch
 
     def parts(self) -> dict:  # name -> seconds of each batch
-        "The phases, and what is done once in a while, as if each batch had its part of it."
+        """The phases, and what is done once in a while, as if each batch had its part of it.
+
+        Returns:
+            name -> seconds of each batch
+        """
         return self.seconds | {k: [s / n] for k, (s, n) in self.epoch.items()}
 
     def rows(self) -> dict:  # name -> median, lowest, highest
+        """
+        Returns:
+            name -> median, lowest, highest
+        """
         return {k: (median(s), min(s), max(s)) for k, s in self.parts().items()}
 
     def means(self) -> dict:  # what is slow once counts, as waiting for files does
+        """
+        Returns:
+            what is slow once counts, as waiting for files does
+        """
         return {k: mean(s) for k, s in self.parts().items()}
 
     def share(self, *names) -> float:  # 0 to 1
-        "The part of all time that these rows take."
+        """The part of all time that these rows take.
+
+        Returns:
+            0 to 1
+        """
         means = self.means()
         return sum(means[k] for k in names) / sum(means.values())
 
@@ -102,7 +138,7 @@ class Profile:
         kind = f'{self.images} images and {steps}, {"bfloat16" if self.bf16 else "float32"}'
         said = [f'{self.name}: {kind}, {self.images_per_s:,.0f} images/s']
         said += [f'{k}: {as_ms(s)} ms once in {n} batches' for k, (s, n) in self.epoch.items()]
-        return Table('\n'.join([*grid_lines(head, rows), '', '; '.join(said)]))
+        return Table('\n'.join([*grid_lines(head, rows), '', markdown('; '.join(said))]))
 
     def as_dict(self) -> dict:
         "Plain data."
@@ -173,6 +209,13 @@ def profile_run(
 
     On a GPU `total` is of as many batches again, without waiting between phases.
     `ValueError` where the run has too few left.
+
+    Args:
+        run: a `Pretrainer` that has batches left
+        batches: to time
+        warmup: batches before
+        epoch: also time what is done once in a while: signs, checkpoint, kNN
+        rates: by `machine_rates`; None: measured first
     """
     require_int(batches, 'batches', 1)
     require_int(warmup, 'warmup', 0, hint=' (batches)')
@@ -239,7 +282,11 @@ def _phase_bar(ax, y, p, kinds):
 def show_phases(
     profiles: dict,  # name -> `Profile`
 ):  # -> matplotlib figure
-    "A bar for each profile: the share of each phase, and in it, dark, what it needs at least."
+    """A bar for each profile: the share of each phase, and in it, dark, what it needs at least.
+
+    Args:
+        profiles: name -> `Profile`
+    """
     import matplotlib.pyplot as plt
 
     kinds = list(dict.fromkeys(k for p in profiles.values() for k in p.parts()))
@@ -263,7 +310,14 @@ def show_phases(
 # %% ../../nbs/reports/09_profile.ipynb #b3d1dcfc
 @dataclass(repr=False)
 class Growth:
-    "Cost at several sizes."
+    """Cost at several sizes.
+
+    Args:
+        values: the sizes, rising
+        seconds: at each, of the fastest round: what disturbs only adds
+        bytes: kept for the backward pass at each, where it is known
+        slowest: seconds of the slowest round
+    """
 
     values: list  # the sizes, rising
     seconds: list  # at each, of the fastest round: what disturbs only adds
@@ -277,10 +331,18 @@ class Growth:
 
     @property
     def slope(self) -> float:  # of time, between the two largest sizes
+        """
+        Returns:
+            of time, between the two largest sizes
+        """
         return self._slope(self.seconds, 2)
 
     @property
     def slope_over_all(self) -> float:  # of time, over all sizes
+        """
+        Returns:
+            of time, over all sizes
+        """
         return self._slope(self.seconds, 0)
 
     @property
@@ -304,7 +366,14 @@ def measure_growth(
     rounds: int = 3,  # of timing, in turn
     device='cpu',  # where the work is done
 ) -> Growth:
-    "Time some work at several sizes, in turn. All sizes are in memory at once."
+    """Time some work at several sizes, in turn. All sizes are in memory at once.
+
+    Args:
+        make: size -> callable: the work at that size; a whole number that it returns is bytes
+        values: sizes above 0, at least two
+        rounds: of timing, in turn
+        device: where the work is done
+    """
     values = sorted(set(values))
     require(len(values) > 1 and values[0] > 0, 'values', 'at least two sizes above 0', values)
     works = {v: make(v) for v in values}
@@ -318,7 +387,11 @@ def measure_growth(
 def show_growth(
     grown: dict,  # name of what grows -> `Growth`
 ):  # -> matplotlib figure
-    "A panel for each: time and memory on logarithmic scales, with the slope at the end."
+    """A panel for each: time and memory on logarithmic scales, with the slope at the end.
+
+    Args:
+        grown: name of what grows -> `Growth`
+    """
     import matplotlib.pyplot as plt
 
     fig, axs = plt.subplots(1, len(grown), figsize=(2.4 * len(grown) + 0.4, 2.5), squeeze=False)

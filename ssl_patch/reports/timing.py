@@ -22,7 +22,11 @@ from ..training.checkpoint import versions
 def synchronize(
     device,  # a GPU is waited for; a CPU is never behind
 ):
-    "Wait until the device has done what it was asked to do."
+    """Wait until the device has done what it was asked to do.
+
+    Args:
+        device: a GPU is waited for; a CPU is never behind
+    """
     if torch.device(device).type == 'cuda':
         torch.cuda.synchronize(device)
 
@@ -36,7 +40,11 @@ def as_ms(
 
 @dataclass(repr=False)
 class Timings:
-    "Seconds of several works, round by round."
+    """Seconds of several works, round by round.
+
+    Args:
+        seconds: name -> seconds, one per round
+    """
 
     seconds: dict  # name -> seconds, one per round
 
@@ -44,7 +52,11 @@ class Timings:
         return median(self.seconds[name])  # seconds
 
     def ratio(self, slow: str, fast: str) -> tuple:  # median, lowest, highest over rounds
-        "How many times as long `slow` takes, round by round."
+        """How many times as long `slow` takes, round by round.
+
+        Returns:
+            median, lowest, highest over rounds
+        """
         r = [s / f for s, f in zip(self.seconds[slow], self.seconds[fast])]
         return median(r), min(r), max(r)
 
@@ -53,7 +65,13 @@ class Timings:
         n: int | None = None,  # units that one call handles; None: milliseconds instead
         unit: str = 'images',  # what they are
     ) -> Table:
-        "A line for each work; `times` is its time over that of the first, lowest to highest round."
+        """A line for each work; `times` is its time over that of the first, lowest to highest
+        round.
+
+        Args:
+            n: units that one call handles; None: milliseconds instead
+            unit: what they are
+        """
         first = next(iter(self.seconds))
         cost = as_ms if n is None else lambda s: f'{n / s:,.0f}'
         span = lambda k: '{:.2f} ({:.2f} to {:.2f})'.format(*self.ratio(k, first))
@@ -82,7 +100,13 @@ def in_turn(
     rounds: int = 7,  # how often each is called, beside a warm-up call
     device='cpu',  # where the work is done; a GPU is waited for
 ) -> Timings:
-    "Time several works fairly: a call of each in every round, in an order that rotates."
+    """Time several works fairly: a call of each in every round, in an order that rotates.
+
+    Args:
+        works: name -> callable without arguments
+        rounds: how often each is called, beside a warm-up call
+        device: where the work is done; a GPU is waited for
+    """
     require_int(rounds, 'rounds', 1)
     require(works, 'works', 'at least one', works)
     names, seconds = list(works), {k: [] for k in works}
@@ -147,7 +171,15 @@ def machine_rates(
     seconds: float = 0.5,  # time for each
 ) -> dict:  # matmul and conv in fp32 and bf16, FLOP/s; copy and copy_cached, bytes/s; and of what
     """What a device does at best, measured now. Bytes are those read and written;
-    `copy` is of 128 MiB, `copy_cached` of what fits a cache."""
+    `copy` is of 128 MiB, `copy_cached` of what fits a cache.
+
+    Args:
+        device: whose rates
+        seconds: time for each
+
+    Returns:
+        matmul and conv in fp32 and bf16, FLOP/s; copy and copy_cached, bytes/s; and of what
+    """
     kinds = dict(fp32=torch.float32, bf16=torch.bfloat16)
     works = dict(matmul=_products, conv=_convolutions)
     rates = {
@@ -190,7 +222,14 @@ def flops(
     work,  # callable without arguments
 ) -> tuple:  # what it returned, and operations in products (matmul) and convolutions (conv)
     """Run `work` once and count. Attention is computed step by step for it, so that its products
-    are seen whatever the kernel."""
+    are seen whatever the kernel.
+
+    Args:
+        work: callable without arguments
+
+    Returns:
+        what it returned, and operations in products (matmul) and convolutions (conv)
+    """
     counted = {torch.ops.aten.convolution_backward: _conv_backward}
     counter = FlopCounterMode(display=False, custom_mapping=counted)
     with sdpa_kernel(SDPBackend.MATH), counter:
@@ -209,7 +248,17 @@ def step_work(
     keeps: list | None = None,  # patch numbers (B,k) per view; None: as the method draws them
     optimizer: str | None = None,  # 'adamw', 'sgd' or 'lars'; None: that of the method's config
 ) -> dict:  # forward, backward: dicts of matmul and conv, FLOP; parameters; bytes that are moved
-    "What an optimiser step must do at least: operations, and bytes that optimiser and EMA move."
+    """What an optimiser step must do at least: operations, and bytes that optimiser and EMA move.
+
+    Args:
+        method: `Method`; it stays as it is
+        views: one `View` per augmentation, on the device of the method
+        keeps: patch numbers (B,k) per view; None: as the method draws them
+        optimizer: 'adamw', 'sgd' or 'lars'; None: that of the method's config
+
+    Returns:
+        forward, backward: dicts of matmul and conv, FLOP; parameters; bytes that are moved
+    """
     optimizer = optimizer or method.train_config.optimizer
     require_choice(optimizer, 'optimizer', _moves)
     method, ema = copy.deepcopy(method), method.key_encoder
@@ -237,7 +286,16 @@ def time_bound(
     bf16: bool = False,  # whether the step computes in bfloat16
 ) -> dict:  # seconds: forward, backward, arithmetic (their sum), optimiser, ema
     """The time that a step needs at the very least.
-    Convolutions may be as fast as products; what small networks move may stay in the cache."""
+    Convolutions may be as fast as products; what small networks move may stay in the cache.
+
+    Args:
+        work: of one optimiser step, by `step_work`
+        rates: by `machine_rates`
+        bf16: whether the step computes in bfloat16
+
+    Returns:
+        seconds: forward, backward, arithmetic (their sum), optimiser, ema
+    """
     kind = 'bf16' if bf16 else 'fp32'
     matmul = rates[f'matmul_{kind}']
     conv = max(matmul, rates[f'conv_{kind}'])

@@ -6,33 +6,40 @@
 __all__ = ['Pretrainer']
 
 # %% ../../nbs/training/05_pretrain.ipynb #9638a91c
+import json
 import math
 from dataclasses import asdict
 
 import torch
 
-from ..ground.checks import require, require_number
+from ..ground.checks import require, require_int, require_number
 from ..methods.configs import TrainConfig
 from ..methods.method import Method
 from ..models.files import save_encoder
+from ..models.interface import spec_of
 from ssl_patch.training.checkpoint import (
     as_identity,
+    continuation,
     end_by_signal,
     graceful_stop,
-    open_run_folder,
+    open_run,
     provenance,
     require_same_run,
+    said_of,
+    settled_bf16,
 )
 from .optim import GradClip, Schedule, make_optimizer
 from ssl_patch.training.progress import (
     Meter,
     Progress,
     Timer,
+    calm_stop,
     collapse_stats,
     detect_collapse,
     online_knn,
     plot_curves,
     require_finite_loss,
+    require_finite_weights,
 )
 from ssl_patch.training.setup import (
     native_bf16,
@@ -45,7 +52,28 @@ from ..views.loader import ViewLoader, seed_for
 
 # %% ../../nbs/training/05_pretrain.ipynb #8b1e8deb
 class Pretrainer:
-    "Trains a method on unlabelled images. `fit()` starts, and goes on after an interruption."
+    """Trains a method on unlabelled images. `fit()` starts, and goes on after an interruption.
+
+    Args:
+        method: what is trained
+        data: `ImageData`; labels are used by the online kNN only
+        epochs: passes over the data; None: as the method's paper
+        batch_size: None: the paper's, at most a sixteenth of the data
+        lr: learning rate; None: base_lr x batch_size / 256
+        out: run folder, ~ is the home folder; None: nothing is written
+        resume: True: go on from the checkpoint in `out`; 'auto': where there is one; more epochs
+            lengthen
+        seed: of batches, views and draws (weights are the caller's)
+        device: 'cuda', 'cpu', ...; None: a GPU where there is one
+        bf16: autocast to bfloat16; None: as begun, at first where native
+        workers: processes that decode images, for stores that stream
+        knn_every: epochs between kNN; 0: never; None: ten times a run
+        save_every: epochs between checkpoints
+        progress: 'notebook', 'terminal', 'lines', 'quiet'; None: found out
+        overlap: test images in train: 'refuse', 'drop' from train, or 'keep'
+        note: anything more for config.json
+        **train_config: any field of `TrainConfig`, e.g. weight_decay=.1
+    """
 
     def __init__(
         self,
@@ -54,11 +82,12 @@ class Pretrainer:
         epochs: int | None = None,  # passes over the data; None: as the method's paper
         batch_size: int | None = None,  # None: the paper's, at most a sixteenth of the data
         lr: float | None = None,  # learning rate; None: base_lr x batch_size / 256
-        out=None,  # run folder; None: nothing is written
-        resume: bool = False,  # go on from the checkpoint in `out`
+        out=None,  # run folder, ~ is the home folder; None: nothing is written
+        # True: go on from the checkpoint in `out`; 'auto': where there is one; more epochs lengthen
+        resume: bool | str = False,
         seed: int = 0,  # of batches, views and draws (weights are the caller's)
         device: str | None = None,  # 'cuda', 'cpu', ...; None: a GPU where there is one
-        bf16: bool | None = None,  # autocast to bfloat16; None: where it is native
+        bf16: bool | None = None,  # autocast to bfloat16; None: as begun, at first where native
         workers: int = 2,  # processes that decode images, for stores that stream
         knn_every: int | None = None,  # epochs between kNN; 0: never; None: ten times a run
         save_every: int = 1,  # epochs between checkpoints
@@ -72,15 +101,19 @@ class Pretrainer:
         self.progress, self.timer, self.meter = Progress(progress), Timer(), Meter()
         data = without_test_images(data, overlap)
         self.device = require_device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-        self.bf16 = native_bf16(self.device) if bf16 is None else bf16
         config = resolve_config(method, len(data.train), epochs, batch_size, train_config)
         self.lr = config.base_lr * config.batch_size / 256 if lr is None else lr
         require_number(self.lr, 'lr', above=0)
+        require_int(workers, 'workers', least=0)
+        require_int(knn_every, 'knn_every', least=0, optional=True)
         method.set_data_size(len(data.train), config.batch_size)
         how = dict(seed=seed, device=self.device, workers=workers)
         self.loader = ViewLoader(data.train, method.augmentations, config.batch_size, **how)
-        self.folder = open_run_folder(out, resume) if out else None
+        self.folder, state = open_run(out, resume, self.device)
         self.out = self.folder and self.folder.path
+        if resume is True and not state:
+            self.progress.say(f'no checkpoint in {out} yet: the run begins')
+        self.bf16 = settled_bf16(bf16, native_bf16(self.device), state)
         to_device(method, data, self.device, self.bf16)
         self.method, self.data, self.images = method, data, data.train.content()
         self.train_config, self.epochs, self.seed = config, config.epochs, seed
@@ -96,15 +129,33 @@ class Pretrainer:
             learning = (p for p in method.parameters() if p.requires_grad)
             self.grad_clip = GradClip(learning, config.grad_clip, config.grad_clip_growth)
         self.batches, self.history = 0, []  # loaded batches done; a row for each epoch done
-        if resume:
-            self.load()
+        self.continued = []  # what was otherwise where a checkpoint was continued
+        if state:
+            self.load_state_dict(state)
 
     def fit(
         self,
         epochs: int | None = None,  # how many epochs now; None: all that are left
     ):
         """Train, or go on. Ctrl-C, the stop button and SIGTERM end it after the current batch,
-        with a checkpoint."""
+        with a checkpoint; in a notebook it then returns, with a line that says so.
+
+        Args:
+            epochs: how many epochs now; None: all that are left
+        """
+        with calm_stop():
+            self.run_epochs(epochs)
+        return self
+
+    def run_epochs(
+        self,
+        epochs: int | None = None,  # how many epochs now; None: all that are left
+    ):
+        """What `fit` does; a stop is an exception in a notebook too, as a longer program needs it.
+
+        Args:
+            epochs: how many epochs now; None: all that are left
+        """
         n = len(self.loader)
         first = self.batches // n
         last = self.epochs if epochs is None else min(self.epochs, first + epochs)
@@ -124,7 +175,11 @@ class Pretrainer:
         self,
         views: list,  # one `View` per augmentation
     ):
-        "One loaded batch: a forward, a backward and an optimiser step for each draw of patches."
+        """One loaded batch: a forward, a backward and an optimiser step for each draw of patches.
+
+        Args:
+            views: one `View` per augmentation
+        """
         done, phase = self.batches / self.total, self.loader.phase
         phase('sample')
         self.schedule(self.optimizer, self.batches)
@@ -152,8 +207,11 @@ class Pretrainer:
 
     def begin(self, last):
         "Before the first batch: config.json says what the run is; bar and clock start."
-        if self.folder and not (self.batches and self.folder.has('config.json')):
+        begun = self.batches and self.folder and self.folder.has('config.json')
+        if self.folder and not begun:
             self.folder.write_config(self.run_config())
+        elif begun and self.continued:
+            self.folder.update_config(self.run_config())
         self.progress.start(self.batches, last * len(self.loader))
         self.timer.start()
 
@@ -188,14 +246,17 @@ class Pretrainer:
         more = f'key_std {row["key_std"]:.2f}  {row["images_per_s"]:.0f} images/s'
         self.progress.epoch(self.batches, text, more, self.curves, last=epoch == self.epochs)
 
-    def check_finite(self):
-        "`FloatingPointError` where a loss was not finite; the last checkpoint stays."
+    def advice(self):
+        "Where to look when numbers are not finite."
         lr = self.optimizer.param_groups[0]['lr']
-        advice = (
+        return (
             f'Look at the learning rate ({lr:.2g} now; try half), the temperature, '
             f'bf16={self.bf16}, and images that are all one colour.'
         )
-        require_finite_loss(self.meter, len(self.loader), self.out, advice)
+
+    def check_finite(self):
+        "`FloatingPointError` where a loss was not finite; the last checkpoint stays."
+        require_finite_loss(self.meter, len(self.loader), self.out, self.advice())
 
     def halt(self, number):
         "Stop in mid-run, as a signal asks."
@@ -203,7 +264,8 @@ class Pretrainer:
         if self.folder:
             self.save()
         self.progress.close()
-        kept = f'checkpoint in {self.out}' if self.out else 'fit() goes on'
+        kept = f'checkpoint in {self.out}' if self.out else 'nothing is written'
+        kept += '; fit() goes on'
         end_by_signal(number, f'stopped after batch {self.batches} of {self.total}; {kept}')
 
     def finish(self):
@@ -254,7 +316,7 @@ class Pretrainer:
         return dict(
             method=self.method.name,
             slots=self.method.slots(),
-            encoder=self.encoder.spec,
+            encoder=spec_of(self.encoder),
             train_config=asdict(self.train_config),
             lr=self.lr,
             seed=self.seed,
@@ -263,12 +325,13 @@ class Pretrainer:
             data=dict(name=data.name, train=len(data.train), images=self.images),
             augmentations=[asdict(a) for a in self.method.augmentations],
             **provenance(self.device),
+            **(dict(continued=self.continued) if self.continued else {}),
             **self.note,
         )
 
     def identity(self) -> dict:
         "What must agree before a checkpoint is continued."
-        decides = ('method', 'slots', 'encoder', 'train_config', 'lr', 'seed', 'bf16', 'data')
+        decides = ('method', 'encoder', 'data', 'train_config', 'seed', 'lr', 'bf16', 'slots')
         return as_identity(self.run_config(), (*decides, 'augmentations'))
 
     def card(self) -> dict:
@@ -281,6 +344,7 @@ class Pretrainer:
             loss=last['loss'],
             online_knn=last['knn'],
             data_note=self.data.note,
+            **(dict(continued=self.continued) if self.continued else {}),
         )
 
     def state_dict(self) -> dict:
@@ -293,16 +357,25 @@ class Pretrainer:
             batches=self.batches,
             seconds=self.seconds,
             history=self.history,
-            trained_on=self.encoder.trained_on,
+            trained_on=getattr(self.encoder, 'trained_on', None),
+            continued=self.continued,
         )
         if self.grad_clip:
             state['grad_clip'] = self.grad_clip.state_dict()
         return state
 
     def load_state_dict(self, state):
-        "Go on from a state. `ValueError` where it belongs to another run."
-        defaults = dict(train_config=asdict(TrainConfig()))
-        require_same_run(self.identity(), state.get('identity', {}), defaults)
+        """Go on from a state, also with more epochs, elsewhere, or in another precision.
+        `ValueError` where it belongs to another run."""
+        defaults, theirs = dict(train_config=asdict(TrainConfig())), state.get('identity', {})
+        free = ['data.name', 'bf16']
+        if self.epochs > json.loads(theirs.get('train_config', '{}')).get('epochs', math.inf):
+            free += ['train_config.epochs', 'train_config.warmup_epochs']
+        changed = require_same_run(self.identity(), theirs, defaults, free)
+        self.continued = list(state.get('continued', []))
+        if changed:
+            self.continued.append(continuation(state['batches'], changed, self.device))
+            self.progress.say(said_of(self.continued[-1]))
         self.method.load_state_dict(state['method'])
         self.optimizer.load_state_dict(state['optimizer'])
         self.meter.load_state_dict(state['meter'])
@@ -312,8 +385,11 @@ class Pretrainer:
         self.timer.seconds = state['seconds']
 
     def save(self):
-        "Write checkpoint and metrics into the run folder."
-        self.folder.save(self.state_dict(), self.history)
+        """Write checkpoint and metrics into the run folder. `FloatingPointError`, before anything
+        is replaced, for weights that are not finite."""
+        state = self.state_dict()
+        require_finite_weights(state['method'], self.batches - 1, self.out, self.advice())
+        self.folder.save(state, self.history)
 
     def load(self):
         "Read the checkpoint in the run folder."

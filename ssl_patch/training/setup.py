@@ -15,7 +15,13 @@ import torch
 from ..data.fingerprints import can_fingerprint, copies
 from ..data.images import ImageData
 from ..evaluation.protocol import check_overlap
-from ..ground.checks import require_choice, require_int, require_known, require_number
+from ssl_patch.ground.checks import (
+    require,
+    require_choice,
+    require_int,
+    require_known,
+    require_number,
+)
 from ..methods.configs import TrainConfig
 from ..methods.method import Method
 from ..models.encoders import Encoder, ResNet
@@ -25,7 +31,14 @@ from ..models.momentum import SplitBatchNorm
 def native_bf16(
     device: str,  # 'cpu', 'cuda', ...
 ) -> bool:  # whether bfloat16 is worth it there
-    "Whether a device multiplies bfloat16 matrices natively."
+    """Whether a device multiplies bfloat16 matrices natively.
+
+    Args:
+        device: 'cpu', 'cuda', ...
+
+    Returns:
+        whether bfloat16 is worth it there
+    """
     if str(device).startswith('cuda'):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     ask = [getattr(torch.cpu, f'_is_{x}_supported', None) for x in ('avx512_bf16', 'amx_tile')]
@@ -35,9 +48,16 @@ def native_bf16(
 def require_device(
     device: str,  # 'cpu', 'cuda', ...
 ) -> str:  # the same
-    "`ValueError` where a device cannot be used."
+    """`ValueError` where a device cannot be used.
+
+    Args:
+        device: 'cpu', 'cuda', ...
+
+    Returns:
+        the same
+    """
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except Exception as e:
         why = str(e).splitlines()[0]
         raise ValueError(
@@ -50,7 +70,15 @@ def without_test_images(
     data: ImageData,  # train, and perhaps a test split
     overlap: str = 'refuse',  # where test images are in train: 'refuse', 'drop' or 'keep'
 ) -> ImageData:  # the data to train on
-    "`ValueError` where test images are in train, unless they should be dropped there, or kept."
+    """`ValueError` where test images are in train, unless they should be dropped there, or kept.
+
+    Args:
+        data: train, and perhaps a test split
+        overlap: where test images are in train: 'refuse', 'drop' or 'keep'
+
+    Returns:
+        the data to train on
+    """
     check_overlap(overlap)
     if overlap == 'keep' or data.test is None:
         return data
@@ -75,7 +103,15 @@ def resolve_config(
     batch_size: int | None,  # None: the method's, at most a sixteenth of the data
     changes: dict,  # other fields of `TrainConfig`
 ) -> TrainConfig:
-    "A method's `TrainConfig` with the caller's changes; `ValueError` names what is wrong."
+    """A method's `TrainConfig` with the caller's changes; `ValueError` names what is wrong.
+
+    Args:
+        method: its `train_config` is the start
+        n: images in the data
+        epochs: passes over the data; None: the method's
+        batch_size: None: the method's, at most a sixteenth of the data
+        changes: other fields of `TrainConfig`
+    """
     require_known(changes, 'training', TrainConfig.__dataclass_fields__)
     config = replace(method.train_config, **changes)
     if epochs is None:
@@ -88,6 +124,15 @@ def resolve_config(
     require_number(config.grad_clip, 'grad_clip', above=0, optional=True)
     require_number(config.grad_clip_growth, 'grad_clip_growth', above=1, optional=True)
     require_choice(config.schedule, 'schedule', ('step', 'epoch'))
+    for name in ('weight_decay', 'warmup_epochs', 'base_lr'):
+        require_number(getattr(config, name), name, least=0)
+    for name in ('decay_all', 'cosine_after_warmup'):
+        require(
+            getattr(config, name) in (True, False), name, 'True or False', getattr(config, name)
+        )
+    parts = isinstance(config.drops, (tuple, list))
+    parts = parts and all(isinstance(d, (int, float)) and 0 <= d <= 1 for d in config.drops)
+    require(parts, 'drops', 'parts of the run, such as (0.6, 0.8)', config.drops)
     config = replace(config, epochs=epochs, batch_size=batch_size)
     if 'warmup_epochs' in changes:
         return config
@@ -100,9 +145,18 @@ def to_device(
     device: str,  # where
     bf16: bool,  # whether in bfloat16
 ):
-    "Put a method on its device: channel statistics, memory layout, attention kernel."
+    """Put a method on its device: channel statistics, memory layout, attention kernel.
+
+    Args:
+        method: what will be trained
+        data: on what
+        device: where
+        bf16: whether in bfloat16
+    """
     method.to(device).train()
     learned = data.train.fingerprints() if can_fingerprint(data.train) else None
+    for e in filter(None, (method.encoder, method.momentum_encoder)):
+        e.trained_on = learned  # also of a module of one's own
     for m in method.modules():
         if isinstance(m, Encoder):  # the momentum encoder too
             m.set_stats(data.mean, data.std).trained_on = learned

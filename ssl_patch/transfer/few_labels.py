@@ -15,9 +15,16 @@ from torch import nn
 
 from ..data.images import ImageData
 from ..evaluation.cache import hash_tensors
-from ..evaluation.protocol import chance_level, labelled_splits, note_unseen_classes, top1
+from ssl_patch.evaluation.protocol import (
+    chance_level,
+    labelled_splits,
+    note_unseen_classes,
+    random_twin,
+    top1,
+)
 from ..evaluation.records import Record, hardware, pack_each, require_writable, run_context
 from ..ground.checks import require, require_known
+from .classifier import at_size
 from .finetune import FineTuner
 from .labels import label_fraction, label_list
 from .recipes import FinetuneConfig, aps_finetune_config, semi_supervised_config
@@ -34,18 +41,37 @@ def finetune(
     overlap: str = 'refuse',  # where test images are in train: 'refuse', 'drop' or 'keep'
     out=None,  # run folder to which the record is added
     checkpoints=None,  # folder for checkpoints of the runs, in `encoder` and `from scratch`
-    resume: bool = False,  # go on from those checkpoints, as far as there are any
+    # True or 'auto': go on from those checkpoints, as far as there are any
+    resume: bool | str = False,
+    size: int | None = None,  # image side, pixels; None: the encoder's
     # fields of `FinetuneConfig`; device, bf16, workers, progress, watch, resize as in `FineTuner`
     **more,
 ) -> Record:
     """Top-1 accuracy after the last epoch of fine-tuning all weights. `ValueError` before any work
-    if something does not fit."""
-    names, size = ('tiny', 'small', 'base'), (getattr(encoder, 'spec', None) or {}).get('name')
+    if something does not fit.
+
+    Args:
+        encoder: the start; left as it is
+        data: with labels: trained on its train split, measured on its test split
+        config: 'tiny', 'small', 'base' of `aps_finetune_config`, or your own; None: by the
+            encoder's size
+        name: which encoder this is; None: its tower, or 'encoder'
+        seed: of head, order and changes, of the random encoder, and for the record
+        baselines: also the same from `encoder.reinitialized(seed)`: twice the cost
+        overlap: where test images are in train: 'refuse', 'drop' or 'keep'
+        out: run folder to which the record is added
+        checkpoints: folder for checkpoints of the runs, in `encoder` and `from scratch`
+        resume: True or 'auto': go on from those checkpoints, as far as there are any
+        size: image side, pixels; None: the encoder's
+        **more: fields of `FinetuneConfig`; device, bf16, workers, progress, watch, resize as in
+            `FineTuner`
+    """
+    names, usual = ('tiny', 'small', 'base'), (getattr(encoder, 'spec', None) or {}).get('name')
     if config is None:
-        config = size if size in names else 'tiny'
+        config = usual if usual in names else 'tiny'
     config, more = _settled(config, names, aps_finetune_config, more)
     how = dict(seed=seed, overlap=overlap, checkpoints=checkpoints, resume=resume, more=more)
-    runs = _Runs(encoder, data, config, **how)
+    runs = _Runs(at_size(encoder, size), data, config, **how)
     return _measured(runs, data, 'fine-tuning', name, baselines, out)
 
 
@@ -73,8 +99,8 @@ class _Runs:
         self.overlap, self.checkpoints, self.resume, self.more = overlap, checkpoints, resume, more
 
     def run(self, start, name):
-        folder = self.checkpoints and Path(self.checkpoints) / name
-        going = bool(self.resume and folder and (folder / 'checkpoint.pt').is_file())
+        folder = self.checkpoints and Path(self.checkpoints).expanduser() / name
+        going = 'auto' if self.resume and folder else False
         how = dict(overlap=self.overlap, name=name, **self.more)
         return FineTuner(start, self.data, self.config, self.seed, folder, going, **how)
 
@@ -82,12 +108,13 @@ class _Runs:
         """A function that gives the logits of the same config from random weights, remembered under
         all that they depend on."""
         fresh = self.encoder.reinitialized(self.seed)
-        how = (repr(tuner.config), tuner.seed, tuner.bf16, tuner.resize)
+        went_on = repr([c['changed'] for c in tuner.continued])
+        how = (repr(tuner.config), tuner.seed, tuner.bf16, tuner.resize, went_on)
         key = hash_tensors(fresh, 'fine-tuning', *how, tuner.images, tuner.test.content())
         if key in memory:
             return lambda: memory[key]
         theirs = self.run(fresh, 'from scratch')
-        return lambda: memory.setdefault(key, theirs.fit().predict())
+        return lambda: memory.setdefault(key, theirs.run_epochs().predict())
 
 
 def _measured(runs, data, protocol, name, baselines, out, settings=(), note=''):
@@ -96,11 +123,11 @@ def _measured(runs, data, protocol, name, baselines, out, settings=(), note=''):
     tuner = runs.run(encoder, 'encoder')
     if out:
         require_writable(out)
-    if baselines and hasattr(encoder, 'reinitialized'):
+    if baselines and random_twin(encoder, runs.seed) is not None:
         memory = vars(data).setdefault('_baseline_values', {})
         scratch = runs.from_scratch(tuner, memory)
 
-    logits, y, beside = tuner.fit().predict(), tuner.test.labels.cpu(), {}
+    logits, y, beside = tuner.run_epochs().predict(), tuner.test.labels.cpu(), {}
     score = top1(logits.argmax(1), y)
     found = _top5(logits, y)
     if tuner.ema:
@@ -149,6 +176,8 @@ def _settings_of(tuner, settings):
     last = 'average of the weights' if tuner.ema else 'last weights'
     more = dict(size=tuner.encoder.size, resize=tuner.resize, bf16=tuner.bf16, reported=last)
     more |= tuner.kept
+    was = [c['changed'].get('finetune_config.epochs') for c in tuner.continued]
+    more['lengthened'] = [before for before, _ in filter(None, was)]
     return tuner.config.settings() | settings | {k: v for k, v in more.items() if v}
 
 # %% ../../nbs/transfer/06_few_labels.ipynb #827a1a1e
@@ -167,11 +196,36 @@ def semi_supervised(
     overlap: str = 'refuse',  # where test images are in train: 'refuse', 'drop' or 'keep'
     out=None,  # run folder to which the record is added
     checkpoints=None,  # folder for checkpoints of the runs
-    resume: bool = False,  # go on from those checkpoints, as far as there are any
+    # True or 'auto': go on from those checkpoints, as far as there are any
+    resume: bool | str = False,
+    size: int | None = None,  # image side, pixels; None: the encoder's
     # fields of `FinetuneConfig`; device, bf16, workers, progress, watch, resize as in `FineTuner`
     **more,
 ) -> Record:  # top-1; of more than five classes `chosen` holds top-5, which the papers report
-    "Accuracy after fine-tuning on few labels. `ValueError` before any work if something is unfit."
+    """Accuracy after fine-tuning on few labels. `ValueError` before any work if something is unfit.
+
+    Args:
+        encoder: the start; left as it is
+        data: with labels in train and test
+        fraction: of the labels, where no files are named
+        files: instead: a text file with image names, or the names; see `label_list`
+        config: 'instdisc' or 'simclr' of `semi_supervised_config`, or one of your own
+        subset_seed: of the draw; not `seed`: several seeds learn from the same images
+        missing: listed names that the data do not have: 'refuse', or 'skip'
+        name: which encoder this is; None: its tower, or 'encoder'
+        seed: of head, order and changes, of the random encoder, and for the record
+        baselines: also the same from `encoder.reinitialized(seed)`: twice the cost
+        overlap: where test images are in train: 'refuse', 'drop' or 'keep'
+        out: run folder to which the record is added
+        checkpoints: folder for checkpoints of the runs
+        resume: True or 'auto': go on from those checkpoints, as far as there are any
+        size: image side, pixels; None: the encoder's
+        **more: fields of `FinetuneConfig`; device, bf16, workers, progress, watch, resize as in
+            `FineTuner`
+
+    Returns:
+        top-1; of more than five classes `chosen` holds top-5, which the papers report
+    """
     train, test = labelled_splits(data, 'image')
     if files is None:
         few = label_fraction(train, fraction, subset_seed)
@@ -190,5 +244,5 @@ def semi_supervised(
     note = f'{len(few)} of {len(train)} labels: {each} images in each of {len(n)} classes'
     part = ImageData(few, test, data.name, data.note)
     how = dict(seed=seed, overlap=overlap, checkpoints=checkpoints, resume=resume, more=more)
-    runs = _Runs(encoder, part, config, **how)
+    runs = _Runs(at_size(encoder, size), part, config, **how)
     return _measured(runs, data, protocol, name, baselines, out, which, note)

@@ -1,0 +1,212 @@
+"Wrong command lines: each ends in exit code 2 and one line that says what was wrong."
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from ssl_patch.cli import main
+from ssl_patch.commands.words import encoder_from_words
+from ssl_patch.reports.compare import compare
+from ssl_patch.reports.runs import keep_runs, load_runs
+from ssl_patch.training.pretrain import Pretrainer
+
+NET = '--encoder vit_tiny --size 16 --patch 4 --width 32 --depth 1 --heads 2 --batch-size 8'
+TRAIN = f'pretrain --data pics --out new --progress quiet {NET}'
+PLAIN = 'pretrain --data pics --out new --progress quiet --batch-size 8'
+
+
+def change(folder, **what):
+    "The configuration of a run, with other entries."
+    path = folder / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | what))
+
+
+BROKEN = dict(
+    torn=lambda f: (f / 'config.json').write_text('{"method": '),
+    listed=lambda f: (f / 'config.json').write_text('[1, 2]'),
+    empty=lambda f: (f / 'config.json').write_text('{}'),
+    binary=lambda f: (f / 'config.json').write_bytes(b'\xff\xfe\x00'),
+    slots=lambda f: change(f, slots=3),
+    bare=lambda f: change(f, train_config={}),
+    other=lambda f: change(f, cli=dict(out='x', colour=3)),
+    wrong=lambda f: change(f, cli=dict(out='x', size='big')),
+    command=lambda f: change(f, cli=[1]),
+    metrics=lambda f: (f / 'metrics.csv').write_text('epoch,loss\n1,abc\n'),
+    columns=lambda f: (f / 'metrics.csv').write_text('epoch,loss\n1,2,3\n'),
+    records=lambda f: (f / 'records.jsonl').write_text('[1]'),
+    encoder=lambda f: (f / 'encoder.safetensors').write_text('hello'),
+)
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    "A folder with labelled pictures, a run, runs that were broken, and files of other kinds."
+    root = tmp_path_factory.mktemp('refusals')
+    r = np.random.default_rng(0)
+    for part, n in (('train', 10), ('test', 4)):
+        for c in ('cats', 'dogs'):
+            (root / 'pics' / part / c).mkdir(parents=True)
+            for i in range(n):
+                pixels = r.integers(0, 256, (18, 20, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / 'pics' / part / c / f'{i}.png')
+    arrays = dict(train_images=r.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8))
+    np.savez(root / 'words.npz', **arrays, train_labels=np.array(['cat', 'dog'] * 4))
+    np.savez(root / 'fractions.npz', **arrays, train_labels=np.linspace(0, 1, 8))
+    packed = dict(np.load(root / 'words.npz'))
+    packed |= dict(jpeg=np.zeros(8, np.uint8), offsets=np.arange(9))
+    np.savez(root / 'packed_words.npz', **packed, label=np.array(['cat', 'dog'] * 4))
+    np.savez(root / 'packed_fractions.npz', **packed, label=np.linspace(0, 1, 8))
+    for name in ('a_file', 'text.pt', 'text.safetensors', 'text.npz'):
+        (root / name).write_text('hello')
+    with pytest.MonkeyPatch.context() as at:
+        at.chdir(root)
+        main(f'pretrain --data pics --out run --epochs 1 --progress quiet {NET}'.split())
+    for name, spoil in BROKEN.items():
+        shutil.copytree(root / 'run', root / name)
+        spoil(root / name)
+    return root
+
+
+LINES = [
+    ('', "command must be one of 'pretrain'"),
+    ('pretrian --data pics', "did you mean 'pretrain'"),
+    ('prob run', "did you mean 'probe'"),
+    ('pretrain --out new --epoch 3', "did you mean '--epochs'"),
+    ('pretrain --out new --epochs three', '--epochs'),
+    ('pretrain', '--out'),
+    ('info run more', 'more'),
+    (f'{TRAIN} --options tau=abc', 'tau must be'),
+    (f'{TRAIN} --options hidden=x', 'hidden'),
+    (f'{TRAIN} --options flip_aware=maybe', 'flip_aware must be True or False'),
+    (f'{TRAIN} --options encoder=3', '--encoder'),
+    (f'{TRAIN} --options name=x', "'name=x'"),
+    (f'{TRAIN} --train-config epochs=3', '--epochs'),
+    (f'{TRAIN} --train-config out=x', '--out'),
+    (f'{TRAIN} --train-config weight_decay=x', 'weight_decay must be a number'),
+    (f'{TRAIN} --train-config warmup_epochs=x', 'warmup_epochs must be a number'),
+    (f'{TRAIN} --train-config drops=3', 'drops must be parts of the run'),
+    (f'{TRAIN} --subset 0', 'subset must be a whole number at least 1'),
+    (f'{TRAIN} --subset 2.5', '--subset'),
+    (f'{TRAIN} --workers -1', 'workers must be a whole number at least 0'),
+    (f'{TRAIN} --knn-every -1', 'knn_every must be'),
+    (f'{TRAIN} --device meta', 'device must be one that works here'),
+    (f'{TRAIN} --feature-layer layer9', "'layer4' or 'layer3'"),
+    (f'{TRAIN} --depth 0', 'depth must be a whole number at least 1'),
+    (f'{TRAIN} --data a_file', 'a_file'),
+    (f'{TRAIN} --data words.npz', 'words.npz'),
+    (f'{TRAIN} --data fractions.npz', 'fractions.npz'),
+    (f'{TRAIN} --data packed_words.npz', 'packed_words.npz'),
+    (f'{TRAIN} --data packed_fractions.npz', 'packed_fractions.npz'),
+    (f'{TRAIN} --data text.npz', 'text.npz'),
+    (f'{TRAIN} --out a_file', 'a_file'),
+    (f'{PLAIN} --encoder vit_tinny', "did you mean 'tiny'"),
+    (f'{PLAIN} --encoder mobilenet', 'timm/NAME or torchvision/NAME'),
+    (f'{PLAIN} --encoder timm/resnet19', "timm has no image network 'resnet19'"),
+    (f'{PLAIN} --encoder torchvision/maskrcnn_resnet50_fpn', 'no image network'),
+    (f'{PLAIN} --encoder torchvision/resnet18 --depth 2', 'depth must be left out'),
+    (f'{PLAIN} --encoder timm/resnet18', 'patch_sampler must be None for this encoder'),
+    ('probe run --subset 0', 'subset must be a whole number at least 1'),
+    ('probe run --size 0', 'size must be a whole number at least 1'),
+    ('probe run --resize 0', 'resize must be a whole number at least 1'),
+    ('probe run --out a_file', 'a_file'),
+    ('probe run --settings knn.k=abc', 'k must be a whole number'),
+    ('probe run --settings linear.lr=x --protocols linear', 'lr must be a number'),
+    ('probe a_file', 'a_file'),
+    ('probe --encoder text.pt --data pics', 'text.pt'),
+    ('probe --encoder text.safetensors --data pics', 'text.safetensors'),
+    ('probe encoder', 'encoder.safetensors'),
+    ('probe empty --tower momentum', 'config.json'),
+    ('show run --images 0', 'images must be a whole number at least 1'),
+    ('show other', "'colour'"),
+    ('show command', 'its cli must be a dict'),
+    ('info a_file', 'a_file'),
+    ('info torn', 'torn'),
+    ('info listed', 'listed/config.json must be a dict'),
+    ('info empty', 'config.json'),
+    ('info binary', 'binary'),
+    ('info slots', 'slots must be a dict'),
+    ('info bare', 'optimizer'),
+    ('info metrics', 'metrics.csv'),
+    ('info columns', 'metrics.csv'),
+    ('info records', 'records.jsonl, line 1'),
+    ('pretrain --out wrong --resume', "got 'big'"),
+    ('pretrain --out torn --resume', 'torn'),
+    ('compare torn', '1 of 1 run folders cannot be read'),
+    ('compare a_file', 'a_file'),
+    ('demo --out a_file', 'a_file'),
+    ('demo --out listed --overwrite', 'listed/config.json'),
+]
+
+
+@pytest.mark.parametrize('line, word', LINES, ids=[line[-60:] or 'nothing' for line, _ in LINES])
+def test_a_wrong_command_line(place, capsys, monkeypatch, line, word):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(Pretrainer, 'fit', lambda self: pytest.fail('it trained'))
+    with pytest.raises(SystemExit) as end:
+        main(line.split())
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count('\n') == 1 and said.startswith('ssl_patch: ')
+    assert word in said and 'SSL_PATCH_TRACEBACK' not in said, said
+    assert len(said) < 900
+
+
+def test_what_nobody_foresaw_is_one_line_too(place, capsys, monkeypatch):
+    def fail(self):
+        raise KeyError('first\nsecond\x1b[31m')
+
+    monkeypatch.chdir(place)
+    monkeypatch.setattr('ssl_patch.commands.compare.Info.go', fail)
+    with pytest.raises(SystemExit) as end:
+        main(['info', 'run'])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count('\n') == 1 and 'KeyError' in said
+    assert '\x1b' not in said
+    monkeypatch.setenv('SSL_PATCH_TRACEBACK', '1')
+    with pytest.raises(KeyError):
+        main(['info', 'run'])
+
+
+def measured(run, value):
+    "A line as `probe` writes it."
+    from ssl_patch.evaluation.records import Record
+
+    r = Record('kNN', value, 'mine', 'pics', 0.5)
+    (run / 'records.jsonl').write_text(json.dumps(r.to_dict()) + '\n')
+
+
+def test_a_broken_run_is_named_and_the_others_are_compared(place, tmp_path, capsys, monkeypatch):
+    for seed in (0, 1):
+        shutil.copytree(place / 'run', tmp_path / f'mine_seed{seed}')
+        measured(tmp_path / f'mine_seed{seed}', 0.5 + seed / 10)
+    whole = str(compare(tmp_path))
+    for name in ('listed', 'metrics', 'records'):
+        shutil.copytree(place / name, tmp_path / f'{name}_seed0')
+    with pytest.warns(UserWarning, match='3 of 5 run folders cannot be read.*listed_seed0'):
+        assert len(load_runs(tmp_path)) == 2
+    monkeypatch.chdir(tmp_path)
+    for words in (['.'], ['mine_seed0', 'mine_seed1', 'listed_seed0']):
+        with pytest.warns(UserWarning, match='listed_seed0'):
+            main(['compare', *words])
+        assert whole in capsys.readouterr().out
+    with pytest.raises(ValueError, match='1 of 1 run folders cannot be read'):
+        load_runs(tmp_path / 'listed_seed0')
+    with pytest.raises(ValueError, match='listed_seed0'):
+        keep_runs(tmp_path, tmp_path / 'kept.jsonl')  # what is kept is whole
+
+
+@pytest.mark.parametrize('name', ['timm/resnet18', 'torchvision/resnet18'])
+def test_networks_of_libraries_are_pretrained_from_the_shell(place, monkeypatch, name):
+    "They begin with random weights, of the seed."
+    from ssl_patch.commands.pretrain import Pretrain
+
+    monkeypatch.chdir(place)
+    command = Pretrain(out='new', data='pics', method='moco_v2', encoder=name, size=32)
+    first, again = (command.build_method().encoder.state_dict() for _ in range(2))
+    command.seed = 1
+    other = command.build_method().encoder.state_dict()
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert not all(torch.equal(first[k], other[k]) for k in first)
+    assert encoder_from_words(name, 32).spec['kind'] == name.split('/')[0]

@@ -14,6 +14,7 @@ from .data.images import show_images
 from .data.photographs import photo, photo_names
 from .data.sources import images
 from .evaluation.embeddings import show_embedding
+from .evaluation.features import remeasure_stats
 from .evaluation.figures import show_neighbours, show_patch_pca
 from .evaluation.knn import knn
 from .evaluation.linear import linear_probe_cached
@@ -40,6 +41,7 @@ from .methods.repco import RepCo, RepCoLoss
 from .methods.ressl import ReSSL, ReSSLLoss
 from .methods.sce import SCE, SCELoss
 from .models.encoders import resnet, vit
+from .models.external import wrap
 from .models.files import load_encoder, open_encoder
 from .models.heads import mlp
 from .models.momentum import Queue, ema

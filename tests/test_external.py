@@ -14,7 +14,7 @@ from torchvision import models
 from ssl_patch.data.sources import images
 from ssl_patch.evaluation.features import architecture
 from ssl_patch.evaluation.knn import knn
-from ssl_patch.models import encoders, files
+from ssl_patch.models import files, interface
 from ssl_patch.models.encoders import resnet, vit
 from ssl_patch.models.external import ExternalEncoder, fill_encoder
 from ssl_patch.models.files import load_encoder, open_encoder, save_encoder
@@ -238,13 +238,14 @@ def test_knn_runs():
 
     data = images(split(48), test=split(24))
     for name in ('timm/test_vit', 'torchvision/shufflenet_v2_x0_5'):
-        e = open_encoder(name, size=32, pretrained=False)
+        e = open_encoder(name, size=32, pretrained=False, seed=1)
         record = knn(e, data, k=5)
         assert (
             record.value > 0.7
-            and 'random encoder' in record.baselines
+            and 'random encoder' not in record.baselines  # it is random itself: no twin
             and record.architecture == f'{e.spec["kind"]} {e.spec["name"]} size=32'
         )
+    assert 'random encoder' in knn(e.reinitialized(3), data, k=5).baselines
     assert knn(e, data, k=5, layer='patch_mean', baselines=False).value > 0.7
 
 
@@ -560,8 +561,9 @@ def test_our_own(tmp_path):
             open_encoder(tmp_path / 'foreign.pt', arch=e.spec).set_stats(e.mean, e.std)(x).image,
             e(x).image,
         )
+    assert open_encoder(tmp_path, size=32).grid == (4, 4)  # another size: made for it
     for kw, word in (
-        (dict(size=32), 'takes images of 16'),
+        (dict(size=32.0), 'size must be a whole number'),
         (dict(tower='momentum'), 'holds the online tower'),
         (dict(resize=20), 'own architecture'),
     ):
@@ -705,9 +707,9 @@ def test_words_of_towers():
 
 def test_kinds_are_registered():
     assert (
-        encoders.encoder_kinds['timm'] is from_timm
-        and encoders.encoder_kinds['torchvision'] is from_torchvision
+        interface.encoder_kinds['timm'] is from_timm
+        and interface.encoder_kinds['torchvision'] is from_torchvision
     )
     assert isinstance(
-        encoders.build_encoder(dict(kind='timm', name='test_vit', size=64)), ExternalEncoder
+        interface.build_encoder(dict(kind='timm', name='test_vit', size=64)), ExternalEncoder
     ) and 'timm' not in vars(files)

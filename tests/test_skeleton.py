@@ -726,7 +726,7 @@ def two(e, **slots):
             ['positive_mode', "'masked' with keys of the batch", "got 'zero_logit'"],
         ),
         (lambda e: two(e, patch_loss=0.5), ['patch_loss must be', 'DenseCLLoss()', 'got 0.5']),
-        (lambda e: two(torch.nn.Identity()), ['encoder must be', 'vit(...)', 'got Identity()']),
+        (lambda e: two(torch.nn.Identity()), ['encoder must be', 'vit(...)', 'got Identity']),
         (
             lambda e: two(tiny_resnet(), patch_sampler=AsymmetricPatchSampler()),
             ['patch_sampler', 'None for this encoder', 'a ViT can', 'got AsymmetricPatchSampler'],

@@ -38,16 +38,9 @@ def as_checkpoint(path, spec):
     return path
 
 
-def test_the_fixture_opens(tmp_path):
+def test_the_files_of_these_tests_open(tmp_path):
     x = torch.rand(2, 3, 16, 16)
     e = load_encoder(write(tmp_path / 'e.safetensors'))
-    assert (
-        torch.equal(
-            open_encoder(as_checkpoint(tmp_path / 'c.pt', VIT))(x).image.shape, e(x).image.shape
-        )
-        if 0
-        else True
-    )
     assert open_encoder(as_checkpoint(tmp_path / 'c.pt', VIT))(x).image.shape == e(x).image.shape
 
 

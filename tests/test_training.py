@@ -575,7 +575,7 @@ def test_patches_of_an_image_that_are_equal(pretrainer, capsys):
     assert (
         capsys.readouterr().out.count('the patches of an image are nearly equal (within 1.000') == 1
     )
-    assert len(run.curves().axes) == 5
+    assert len(run.curves().axes) == 4  # no panel of kNN without labels
     run = with_extras(
         pretrainer(progress='lines'), patches=torch.randn(64, 9, 32, generator=g)
     ).fit()
@@ -633,7 +633,7 @@ def test_curves_of_old_histories(pretrainer):
     "Rows without the patches' columns, alone or followed by rows that have them."
     h = pretrainer().fit(2).history
     bare = [{k: v for k, v in r.items() if not k.startswith('patch_sim')} for r in h]
-    assert len(plot_curves(bare).axes) == 4
+    assert len(plot_curves(bare).axes) == 3  # what was not noted has no panel
     mixed = plot_curves(
         bare
         + [

@@ -104,6 +104,7 @@ class Show:
     def go(self):
         import matplotlib.pyplot as plt
 
+        saved(self.run)  # before a folder is made for what is no run
         out = Path(self.out or self.run).expanduser()
         out.mkdir(parents=True, exist_ok=True)
         for name, fig in self.figures():

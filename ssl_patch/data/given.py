@@ -10,7 +10,6 @@ __all__ = ['array_images', 'given_labels', 'is_path', 'path_files', 'picture_ima
 import os
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from .decoding import as_channels, find_range, from_pil, to_8_bits
 from .files import ByteFiles, listed
 from .folders import number_labels
 from .images import resize_center_crop
-from ..ground.checks import require, shown
+from ..ground.checks import require
 
 # %% ../../nbs/data/10_given.ipynb #37cf5244
 def _bands_ok(n, channels):

@@ -20,6 +20,7 @@ from ssl_patch.evaluation.features import (
     LAYERS,
     accepted_size,
     as_floats,
+    autocast_for,
     eval_resize,
     extract,
     frozen,
@@ -89,7 +90,7 @@ def probe_noise(
     require_choice(layer, 'layer', LAYERS)
     place = size_and_device(encoder, size, None)[1]
     x = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0))
-    half = torch.autocast(place.type, torch.bfloat16, enabled=amp)
+    half = autocast_for(encoder, place, amp)
     with frozen(encoder), accepted_size(encoder, size) as sized, half:
         x = as_floats(sized, x.to(place))
         return select_layer(sized(x), layer).float().cpu()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAYERS', 'frozen', 'select_layer', 'size_and_device', 'eval_resize', 'accepted_size', 'as_floats', 'batches_of',
-           'extract', 'remeasure_stats', 'RawPixels', 'architecture']
+           'autocast_for', 'extract', 'remeasure_stats', 'RawPixels', 'architecture']
 
 # %% ../../nbs/evaluation/01_features.ipynb #7f1c4955
 import copy
@@ -177,6 +177,22 @@ def _spread(images, size, how):
     return next(iter(images.subset(some).batches(size, 64, **how)))[0]
 
 
+def autocast_for(
+    encoder: nn.Module,  # any module
+    device,  # where it computes
+    amp: bool,  # whether bfloat16 autocast is asked for
+):  # a context
+    """Autocast to bfloat16 where it is asked for; a network in half precision runs as it is.
+
+    Args:
+        encoder: any module
+        device: where it computes
+        amp: whether bfloat16 autocast is asked for
+    """
+    whole = precision_of(encoder) not in (torch.bfloat16, torch.float16)
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp and whole)
+
+
 def extract(
     encoder: nn.Module,  # ours, or any module from (B,3,size,size) floats in [0,1] to (B,D)
     images,  # one split (`Images`), e.g. `data.train`
@@ -213,11 +229,11 @@ def extract(
         encoder = copy.deepcopy(encoder).to(device)
     resize = eval_resize(encoder, size, resize)
     how = dict(device=device, workers=workers, **({'resize': resize} if resize else {}))
-    half = torch.autocast(device.type, torch.bfloat16, enabled=amp)
+    half = autocast_for(encoder, device, amp)
     found, labels = [], []
     with frozen(encoder), accepted_size(encoder, size) as sized, half:
-        if norms_of(sized):
-            doubt_stats(sized, as_floats(sized, _spread(images, size, how)))
+        some = as_floats(sized, _spread(images, size, how)) if norms_of(sized) else None
+        lags = some is not None and doubt_stats(sized, some)
         for x, y in images.batches(size, batch_size, **how):
             for piece in batches_of(x, device):
                 z = select_layer(sized(as_floats(sized, piece)), layer)
@@ -226,7 +242,10 @@ def extract(
     z = torch.cat(found)
     bad = int((~z.isfinite()).any(1).sum())
     if bad:
-        raise ValueError(f'encoder: features of {bad} of {len(z)} images are not finite')
+        hint = (
+            '; remeasure_stats(encoder, data) takes its batch-norm statistics anew' if lags else ''
+        )
+        raise ValueError(f'encoder: features of {bad} of {len(z)} images are not finite{hint}')
     return z, None if labels[0] is None else torch.cat(labels).cpu()
 
 # %% ../../nbs/evaluation/01_features.ipynb #55ffcc87

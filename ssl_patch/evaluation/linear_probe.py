@@ -31,6 +31,7 @@ from ssl_patch.evaluation.features import (
     RawPixels,
     accepted_size,
     as_floats,
+    autocast_for,
     batches_of,
     eval_resize,
     frozen,
@@ -108,6 +109,9 @@ linear_probe_configs = {
     'moco': LinearProbeConfig(),
     'moco_v3': LinearProbeConfig(
         epochs=90, batch_size=1024, lr=0.1, lr_batch=256, schedule='cosine per epoch'
+    ),
+    'moco_v3_vit': LinearProbeConfig(
+        epochs=90, batch_size=1024, lr=3.0, lr_batch=256, schedule='cosine per epoch'
     ),
     'sce': LinearProbeConfig(
         epochs=90, batch_size=1024, lr=0.1, lr_batch=256, schedule='cosine', start='torch'
@@ -258,7 +262,7 @@ class _Epochs:
     def encode(self, batches, epoch):
         "Features of each batch, and its image numbers."
         for x, b in zip(self.views(batches, epoch), batches):
-            half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
+            half = autocast_for(self.encoder, self.device, self.amp)
             with frozen(self.encoder), accepted_size(self.encoder, self.size) as sized, half:
                 pieces = [self.features(sized, p) for p in batches_of(x, self.device)]
             yield torch.cat(pieces), b

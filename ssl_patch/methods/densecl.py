@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['densecl_configs', 'match_patches', 'patches_off', 'match_accuracy', 'show_matches', 'densecl', 'DenseCLLoss',
-           'queue_like', 'DenseCL']
+           'queue_like', 'densecl_head', 'DenseCL']
 
 # %% ../../nbs/methods/13_densecl.ipynb #86c3798e
 import math
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from ..ground.checks import require, require_number, require_shape
 from ..ground.plots import RIGHT, WRONG, as_picture, canvas, lines, rectangles
 from ..views.crops import View
@@ -31,7 +31,7 @@ from ssl_patch.methods.scores import (
     sum_over_images,
 )
 from .contrast import nce
-from .moco import imagenet_sgd, moco_v2_configs
+from .moco import imagenet_sgd, mlp_head, moco_v2_configs
 from ssl_patch.methods.geometry import (
     as_grid,
     check_features,
@@ -248,8 +248,24 @@ def queue_like(
     return Queue(max_size=max_size) if queue is None else Queue(queue)
 
 
+def densecl_head(dim: int) -> tuple:  # feature width D -> (projector, None)
+    """MoCo v2's projector, begun as DenseCL's code does: Kaiming's normal, biases 0.
+
+    Returns:
+        feature width D -> (projector, None)
+    """
+    projector = mlp_head(dim)[0]
+    for layer in projector:
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    return projector, None
+
+
 _ours = "ours: MoCo v2's setting for such images"
-_imagenet = replace(moco_v2_configs['imagenet'], source='published (Wang et al. 2021, code)')
+_imagenet = replace(
+    moco_v2_configs['imagenet'], heads=densecl_head, source='published (Wang et al. 2021, code)'
+)
 densecl_configs = {name: replace(c, source=_ours) for name, c in moco_v2_configs.items()} | dict(
     imagenet=_imagenet,
     coco=replace(_imagenet, train_config=imagenet_sgd(base_lr=0.3, epochs=800)),

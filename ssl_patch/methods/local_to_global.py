@@ -38,7 +38,12 @@ def check_global(
     anchor: Tensor,  # (B,d) image vectors
     local: Tensor,  # (B,M,d) patches
 ):
-    "`ValueError` for shapes that do not fit each other, before any work."
+    """`ValueError` for shapes that do not fit each other, before any work.
+
+    Args:
+        anchor: (B,d) image vectors
+        local: (B,M,d) patches
+    """
     require_shape(anchor, 'anchor', ('B', 'd'), meaning=', one vector an image')
     shape = (len(anchor), 'M', anchor.shape[1])
     require_shape(local, 'local', shape, meaning=', M patches of the same images, as wide')
@@ -61,7 +66,20 @@ def local_to_global(
 ) -> Tensor:  # scalar, mean over all patches
     """Each image vector picks out the patches of its image, G (our reading of Rabarisoa et al.
     2022). Gradient reaches the side that `learns` alone. Value at chance: ln(1+(B-1)M).
-    Raises `ValueError` on wrong shapes or settings."""
+    Raises `ValueError` on wrong shapes or settings.
+
+    Args:
+        anchor: (B,d) a, image vectors of one view, unit rows (not checked)
+        local: (B,M,d) m, patches of the other view, unit rows
+        tau: temperature
+        learns: the side that gets the gradient: 'anchor' or 'local'
+        num_patches: of an image, drawn anew; None: all M
+        chunk: anchors at a time, 4 chunk B M bytes; None: as suits the processor
+        generator: of the draw of patches
+
+    Returns:
+        scalar, mean over all patches
+    """
     check_global(anchor, local)
     check_patch_numbers(tau, chunk)
     require_choice(learns, 'learns', SIDES)
@@ -80,7 +98,13 @@ def local_to_global(
 @dataclass(frozen=True)
 class LocalToGlobalLoss(PatchLoss):
     """The image vector of one view against the patches of the other, each side learning in turn
-    (our reading of Rabarisoa et al. 2022, arXiv 2205.15173)."""
+    (our reading of Rabarisoa et al. 2022, arXiv 2205.15173).
+
+    Args:
+        tau: temperature
+        num_patches: of an image that are compared, drawn anew each time; None: all
+        chunk: anchors at a time; None: as suits
+    """
 
     tau: float = 0.2  # temperature
     num_patches: int | None = None  # of an image that are compared, drawn anew each time; None: all
@@ -159,7 +183,19 @@ def LocalToGlobal(
     **slots,  # any slot of `Method` instead
 ) -> Method:
     """Patches against the image vector of the other view (our reading of Rabarisoa et al. 2022).
-    `ValueError` for wrong numbers."""
+    `ValueError` for wrong numbers.
+
+    Args:
+        encoder: ViT, or ResNet
+        preset: 'cifar', 'stl10', 'tiny_imagenet', 'imagenet'; None: by the size
+        tau: temperature; None: the preset's
+        image_weight: of MoCo v3's loss of the images, alpha
+        num_patches: of an image that are compared, 'all'; None: the preset's
+        pool: patches are averaged over pool x pool of them
+        hidden: hidden width of the heads; None: the preset's
+        out: width of the projections; None: the preset's
+        **slots: any slot of `Method` instead
+    """
     require_encoder(encoder, patches=True)
     config = config_for(local_to_global_configs, preset, encoder)
     require_number(image_weight, 'image_weight', 0)

@@ -102,7 +102,8 @@ moco_v2_configs = dict(
         _v1_cifar,
         augmentations=(aug_moco_cifar, aug_moco_cifar),
         loss=InfoNCELoss(tau=0.1),
-        source="the authors' CIFAR-10 notebook",
+        source="the authors' CIFAR-10 notebook; its cosine counts epochs from 1, which gives the "
+        'last epoch of a run the rate 0, ours from 0',
     ),
     stl10=_v2_stl10,
     tiny_imagenet=_v2_stl10,
@@ -184,7 +185,7 @@ def moco_v3_heads(
 # %% ../../nbs/methods/07_moco.ipynb #a633f21b
 moco_v3_configs = dict(
     vit=MethodConfig(
-        augmentations=(aug_byol_a, aug_byol_b),
+        augmentations=tuple(partial(a, scale=(0.08, 1.0)) for a in (aug_byol_a, aug_byol_b)),
         heads=moco_v3_heads,
         loss=InfoNCELoss(tau=0.2),
         momentum=(0.99, 1.0),
@@ -212,7 +213,7 @@ moco_v3_configs = dict(
             weight_decay=1e-6,
             warmup_epochs=10,
         ),
-        source='published (Chen et al. 2021, and code)',
+        source='published (Chen et al. 2021, and code), for resnet(..., zero_init_residual=True)',
     ),
 )
 

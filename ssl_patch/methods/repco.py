@@ -55,7 +55,16 @@ def neighbour_masks(
     device: torch.device | str | None = None,  # where the masks are made
 ) -> tuple[Tensor, Tensor]:  # (M,M) bool: j is one of the 8 neighbours of i; (M,M) bool: j is far
     """Which patches of a grid are adjacent, and which far apart (Chebyshev distance, no
-    wrap-around). `ValueError` for a distance below 2."""
+    wrap-around). `ValueError` for a distance below 2.
+
+    Args:
+        grid: patches per side, or (rows, cols); M = rows * cols
+        min_distance: of a patch that counts as far, 2 or more
+        device: where the masks are made
+
+    Returns:
+        (M,M) bool: j is one of the 8 neighbours of i; (M,M) bool: j is far
+    """
     require_int(min_distance, 'min_distance', 2, hint=', as a neighbour has distance 1')
     rows, cols = as_grid(grid)
     i = torch.arange(rows * cols, device=device)
@@ -66,7 +75,14 @@ def neighbour_masks(
 # %% ../../nbs/methods/14_repco.ipynb #96c8bb27
 @dataclass
 class PatchPairs:
-    "Pairs of patches within every image of a batch, as `repco_pairs` finds them."
+    """Pairs of patches within every image of a batch, as `repco_pairs` finds them.
+
+    Args:
+        pos: (B,M) long, the positive of every patch: a patch of the same image
+        pos_ok: (B,M) bool, True where the positive counts
+        neg: (B,M,k) long, the negatives of every patch, least similar first
+        neg_ok: (B,M,k) bool, True where the negative counts
+    """
 
     pos: Tensor  # (B,M) long, the positive of every patch: a patch of the same image
     pos_ok: Tensor  # (B,M) bool, True where the positive counts
@@ -116,7 +132,19 @@ def repco_pairs(
 ) -> PatchPairs:  # positives and negatives of every patch
     """Pairs within one image: similar far patches, dissimilar adjacent ones (RepCo, doi
     10.1016/j.neunet.2023.09.004, abstract). All thresholds are ours. `ValueError` for features that
-    are not (B,M,D), another grid, or a number out of its range."""
+    are not (B,M,D), another grid, or a number out of its range.
+
+    Args:
+        features: (B,M,D) backbone features, of any length; best those of the key encoder
+        grid: patches per side, or (rows, cols); M = rows * cols
+        min_distance: of a positive, in patches
+        positive_fraction: part of the patches whose positive counts: rho
+        num_negatives: negatives of a patch, at most: k_n, 1 to 8
+        quantile: of the similarities of neighbours, below which one is a negative: q_n
+
+    Returns:
+        positives and negatives of every patch
+    """
     check_features(features, 'features')
     rows, cols = as_grid(grid)
     check_patch_count(features.shape[1], grid, 'features')
@@ -150,7 +178,17 @@ def show_pairs(
     ax=None,  # matplotlib axes; a new figure when None
 ):
     """Draws the pairs within an image: blue lines to the positives of a few patches, magenta bars
-    across all negatives. Returns the axes."""
+    across all negatives. Returns the axes.
+
+    Args:
+        image: (3,H,W) the view that was mined, uint8 or in [0,1]
+        grid: patches per side, or (rows, cols)
+        pairs: of a batch
+        i: which image of the batch
+        patches: how many to draw the positive of, or which
+        title: text above the picture; by default how many pairs count
+        ax: matplotlib axes; a new figure when None
+    """
     import matplotlib.pyplot as plt
 
     check_patch_count(pairs.pos.shape[1], grid, 'pairs')
@@ -180,7 +218,13 @@ def check_pairs(
     shape: tuple,  # (B,M) of the patches
     *names: str,  # 'pos' and 'neg': which of them are needed
 ):
-    "`ValueError` for pairs that do not fit the patches."
+    """`ValueError` for pairs that do not fit the patches.
+
+    Args:
+        pairs: what should be pairs
+        shape: (B,M) of the patches
+        *names: 'pos' and 'neg': which of them are needed
+    """
     for n in names:
         want = (*shape,) if n == 'pos' else (*shape, 'k')
         index, ok = getattr(pairs, n, None), getattr(pairs, f'{n}_ok', None)
@@ -200,7 +244,21 @@ def repco_positive(
 ) -> Tensor:  # scalar, mean over the patches with a positive
     """InfoNCE of a patch and a similar patch of its image, L+ (our reading of RepCo, Lei et al.
     2023). Gradient reaches `r` alone. Value at chance: ln(1+K), or ln(1+(B-1)M).
-    Raises `ValueError` on wrong shapes, pairs or settings."""
+    Raises `ValueError` on wrong shapes, pairs or settings.
+
+    Args:
+        r: (B,M,d) patches that ask, unit rows (not checked)
+        u: (B,M,d) patches of the same crop, by the key encoder, unit rows
+        pairs: mined pairs: pos (B,M) long, pos_ok (B,M) bool
+        queue: (K,d) older keys, the negatives; None: patches of other images
+        tau: temperature
+        negatives_per_image: without a queue: so many, drawn anew; None: all
+        chunk: images at a time, 4 chunk M K bytes; None: as suits the processor
+        generator: of the draw of negatives
+
+    Returns:
+        scalar, mean over the patches with a positive
+    """
     check_patches(r, u, queue)
     check_patch_numbers(tau, chunk)
     require_int(negatives_per_image, 'negatives_per_image', 1, u.shape[1], optional=True)
@@ -230,7 +288,17 @@ def repco_negative(
 ) -> Tensor:  # scalar, mean over the patches with at least one negative
     """A patch must be nearer to itself than to dissimilar neighbours, L- (our reading of RepCo, Lei
     et al. 2023). Gradient reaches `r` alone. Value at chance: ln(1+k).
-    Raises `ValueError` on wrong shapes, pairs or temperature."""
+    Raises `ValueError` on wrong shapes, pairs or temperature.
+
+    Args:
+        r: (B,M,d) patches that ask, unit rows (not checked)
+        u: (B,M,d) patches of the same crop, by the key encoder, unit rows
+        pairs: mined pairs: neg (B,M,k) long, neg_ok (B,M,k) bool
+        tau: temperature
+
+    Returns:
+        scalar, mean over the patches with at least one negative
+    """
     check_patches(r, u, same_grid=True, negatives=False)
     check_patch_numbers(tau)
     check_pairs(pairs, r.shape[:2], 'neg')
@@ -257,7 +325,23 @@ def repco(
     generator: torch.Generator | None = None,  # of the draw of negatives
 ) -> Tensor:  # scalar
     """L+ + beta L-, pairs from within an image (our reading of RepCo, Lei et al. 2023). Gradient
-    reaches `r` alone. Raises `ValueError` on wrong shapes, pairs or settings."""
+    reaches `r` alone. Raises `ValueError` on wrong shapes, pairs or settings.
+
+    Args:
+        r: (B,M,d) patches that ask, unit rows (not checked)
+        u: (B,M,d) patches of the same crop, by the key encoder, unit rows
+        pairs: mined pairs, which name patches of `u`
+        queue: (K,d) older keys, negatives of L+; None: patches of other images
+        tau: temperature of both parts
+        beta: weight of L-; 0: positives only
+        use_positives: with L+; False: negatives only
+        negatives_per_image: of L+, without a queue: so many, drawn anew; None: all
+        chunk: images at a time in L+; None: as suits the processor
+        generator: of the draw of negatives
+
+    Returns:
+        scalar
+    """
     require_number(beta, 'beta', 0)
     require(use_positives or beta > 0, 'beta', 'above 0 with use_positives=False', beta)
     check_patches(r, u, same_grid=True, negatives=False)
@@ -273,7 +357,19 @@ def repco(
 @dataclass(frozen=True)
 class RepCoLoss(PatchLoss):
     """Pairs within one image: similar far patches attract, dissimilar neighbours repel (our reading
-    of RepCo, Lei et al. 2023). Partners come from the key encoder's look at the same crop."""
+    of RepCo, Lei et al. 2023). Partners come from the key encoder's look at the same crop.
+
+    Args:
+        tau: temperature
+        beta: weight of the negatives, L-; 0: positives alone
+        use_positives: with L+; False: negatives alone
+        min_distance: of a positive, in patches
+        positive_fraction: part of the patches whose positive counts, rho
+        num_negatives: of a patch, at most, k_n
+        quantile: of the similarities of neighbours, below which one is a negative, q_n
+        negatives_per_image: of L+, without a queue: so many; None: all patches
+        chunk: images at a time; None: as suits
+    """
 
     tau: float = 0.2  # temperature
     beta: float = 1.0  # weight of the negatives, L-; 0: positives alone
@@ -344,7 +440,26 @@ def RepCo(
     **slots,  # any slot of `Method` instead
 ) -> Method:
     """Patch pairs within an image, on a host (our reading of RepCo, Lei et al. 2023).
-    `ValueError` for wrong numbers, and for a grid that is too small."""
+    `ValueError` for wrong numbers, and for a grid that is too small.
+
+    Args:
+        encoder: ResNet, or ViT
+        host: the method it is added to: 'moco_v2', 'moco_v3' or 'densecl'
+        preset: of MoCo v2 and DenseCL: 'cifar', ..., 'coco'; None: by the size
+        lam: weight of the pairs, lambda; the image loss has the rest
+        start_fraction: part of training, at its start, without the pairs
+        pool: patches averaged over pool x pool; None: 2 on even grids from 16 on
+        tau: temperature of the pairs
+        beta: weight of the dissimilar neighbours
+        min_distance: of a positive, in patches
+        positive_fraction: part of the patches whose positive counts, rho
+        num_negatives: of a patch, k_n
+        quantile: of the similarity of neighbours, below which one is a negative, q_n
+        negatives_per_image: on MoCo v3; None: 16, 4096 of them in a batch of 256
+        hidden: on MoCo v3: hidden width of both pairs of heads; None: its own
+        out: on MoCo v3: width of the projections; None: its own
+        **slots: any slot of `Method` instead
+    """
     require_choice(host, 'host', REPCO_HOSTS)
     require_encoder(encoder, patches=True)
     require_number(lam, 'lam', above=0, most=1)

@@ -105,7 +105,7 @@ def ressl_head(
 
 # %% ../../nbs/methods/08_ressl.ipynb #f0afb57b
 _small = MethodConfig(
-    augmentations=(aug_moco_v2, aug_weak),
+    augmentations=(partial(aug_moco_v2, blur_kernel=15), aug_weak),
     heads=partial(ressl_head, hidden=2048, out=128),
     loss=ReSSLLoss(tau_s=0.1, tau_t=0.04),
     queue=4096,
@@ -126,6 +126,7 @@ ressl_configs = dict(
     tiny_imagenet=_stl10,
     imagenet=replace(
         _small,
+        augmentations=(aug_moco_v2, aug_weak),
         heads=partial(ressl_head, hidden=4096, out=512),
         queue=131072,
         momentum=(0.999, 0.999),
@@ -136,7 +137,8 @@ ressl_configs = dict(
             decay_all=False,
             warmup_epochs=5,
         ),
-        source='published (Zheng et al. 2021, and code)',
+        source='published (Zheng et al. 2021, and code), but for weight decay on the scales of '
+        "four norms: its code goes by names, and those of the shortcuts lack the word 'bn'",
     ),
 )
 

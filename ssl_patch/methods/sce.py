@@ -287,8 +287,9 @@ def sce_small_head(
     return mlp(dim, dim, 128, last_norm=False, last_bias=True), None
 
 # %% ../../nbs/methods/10_sce.ipynb #5a2682bb
+_sooner = 'its warm-up ends one step before ours, its momentum likewise'
 _small = MethodConfig(
-    augmentations=(aug_moco_v2, aug_weak),
+    augmentations=(partial(aug_moco_v2, blur_kernel=15), aug_weak),
     heads=sce_small_head,
     loss=SCELoss(tau_m=0.05),
     queue=4096,
@@ -296,7 +297,7 @@ _small = MethodConfig(
     ema_update='after',
     bn_splits=(1, 8),
     train_config=small_sgd(),
-    source='published (Denize et al. 2023, code)',
+    source='published (Denize et al. 2023, code); its warm-up ends one step before ours',
 )
 _stl10 = replace(
     _small,
@@ -323,7 +324,7 @@ sce_configs = dict(
             weight_decay=1e-6,
             warmup_epochs=10,
         ),
-        source='published (Denize et al. 2023, and code); base_lr 0.6 for 100 epochs',
+        source=f'published (Denize et al. 2023, and code); base_lr 0.6 for 100 epochs; {_sooner}',
     ),
 )
 

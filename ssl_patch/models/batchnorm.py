@@ -17,7 +17,15 @@ def norms_of(
     encoder: nn.Module,  # any module
     trained: bool = True,  # only those whose statistics a training has moved
 ) -> dict:  # name -> layer
-    "The batch-norm layers that keep running statistics."
+    """The batch-norm layers that keep running statistics.
+
+    Args:
+        encoder: any module
+        trained: only those whose statistics a training has moved
+
+    Returns:
+        name -> layer
+    """
     kind, found = nn.modules.batchnorm._BatchNorm, encoder.named_modules()
     norms = {n: m for n, m in found if isinstance(m, kind) and m.running_var is not None}
     return {n: m for n, m in norms.items() if not trained or int(m.num_batches_tracked) > 0}
@@ -27,7 +35,15 @@ def stats_gap(
     encoder: nn.Module,  # in eval mode
     x: Tensor,  # (B,3,size,size) images as it takes them
 ) -> dict:  # layer -> nats; of the batch-norm that was ever trained
-    "How far the statistics of every batch-norm layer are from those of these images."
+    """How far the statistics of every batch-norm layer are from those of these images.
+
+    Args:
+        encoder: in eval mode
+        x: (B,3,size,size) images as it takes them
+
+    Returns:
+        layer -> nats; of the batch-norm that was ever trained
+    """
     gaps, hooks = {}, []
 
     def compare(name, norm):
@@ -57,13 +73,22 @@ def doubt_stats(
     encoder: nn.Module,  # in eval mode
     x: Tensor,  # (B,3,size,size) some of the images, as it takes them
     most: float = 0.3,  # nats of the middle layer
-):
-    "Warn, once, where batch-norm statistics are far from those of the images."
+) -> bool:  # whether they are
+    """Warn, once, where batch-norm statistics are far from those of the images.
+
+    Args:
+        encoder: in eval mode
+        x: (B,3,size,size) some of the images, as it takes them
+        most: nats of the middle layer
+
+    Returns:
+        whether they are
+    """
     if encoder in _doubted:
-        return
+        return True
     gaps = stats_gap(encoder, x)
     if not gaps or sorted(gaps.values())[len(gaps) // 2] <= most:
-        return
+        return False
     _doubted.add(encoder)
     far = [name for name, gap in gaps.items() if gap > most]
     few = far[:2] + ['...'] * (len(far) > 2)
@@ -74,3 +99,4 @@ def doubt_stats(
         f'{slow:g} a batch) or are of other images; remeasure_stats(encoder, data) takes them anew',
         stacklevel=3,
     )
+    return True

@@ -41,7 +41,7 @@ def sincos_positions(
     omega = 10000 ** (-torch.arange(dim // 4) / (dim / 4))
     h, w = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing='ij')
     h, w = h.reshape(-1, 1) * omega, w.reshape(-1, 1) * omega
-    return torch.cat([w.sin(), w.cos(), h.sin(), h.cos()], 1)
+    return torch.cat([h.sin(), h.cos(), w.sin(), w.cos()], 1)
 
 # %% ../../nbs/models/01_encoders.ipynb #8bff94d9
 _vit_sizes = dict(tiny=(192, 12, 3), small=(384, 12, 6), base=(768, 12, 12))  # width, depth, heads
@@ -348,13 +348,13 @@ def _require_resnet(name, what='name'):
     require_choice(name, what, [m for m in models.list_models(module=models) if 'resne' in m])
 
 
-def _resnet_net(name, width):
+def _resnet_net(name, width, zero_init):
     "torchvision's network and its output width, with `width` channels in the first stage, not 64."
     from torchvision.models import get_model, resnet as tv
 
     _require_resnet(name)
     if width == 64:
-        net = get_model(name, weights=None)
+        net = get_model(name, weights=None, zero_init_residual=zero_init)
         return net, net.fc.in_features
     require(
         name in _layers, 'width', f'64 for {name!r}, and can be chosen for {list(_layers)}', width
@@ -369,7 +369,8 @@ def _resnet_net(name, width):
             return super()._make_layer(block, planes * width // 64, *args, **kw)
 
     block = tv.BasicBlock if name in ('resnet18', 'resnet34') else tv.Bottleneck
-    return Slim(block, _layers[name]), 8 * width * block.expansion
+    net = Slim(block, _layers[name], zero_init_residual=zero_init)
+    return net, 8 * width * block.expansion
 
 # %% ../../nbs/models/01_encoders.ipynb #ec8918fd
 def resnet(
@@ -378,6 +379,7 @@ def resnet(
     stem: str = 'auto',  # 'small', 'half' or 'imagenet'; 'auto': small up to 64 pixels
     width: int = 64,  # channels of the first stage
     feature_layer: str = 'layer4',  # the map whose cells are the patches, or 'layer3' before it
+    zero_init_residual: bool = False,  # last norm of a block scales by 0 at first (MoCo v3)
 ) -> ResNet:
     """A residual network without its classifier. `ValueError` for unknown names, layers and widths.
 
@@ -387,23 +389,26 @@ def resnet(
         stem: 'small', 'half' or 'imagenet'; 'auto': small up to 64 pixels
         width: channels of the first stage
         feature_layer: the map whose cells are the patches, or 'layer3' before it
+        zero_init_residual: last norm of a block scales by 0 at first (MoCo v3)
     """
     image_side(size, 'size')
     require_choice(feature_layer, 'feature_layer', ('layer4', 'layer3'))
     require_choice(stem, 'stem', ('auto', *_stems))
     require_int(width, 'width', least=1)
+    require_choice(zero_init_residual, 'zero_init_residual', (True, False))
     if stem == 'auto':
         stem = 'small' if size <= 64 else 'imagenet'
-    net, dim = _resnet_net(name, width)
+    net, dim = _resnet_net(name, width, zero_init_residual)
     net.fc = nn.Identity()
     kernel, stride, pool = _stems[stem]
     if not pool:
         net.conv1 = nn.Conv2d(3, width, kernel, stride, kernel // 2, bias=False)
         net.maxpool = nn.Identity()
-        nn.init.kaiming_normal_(net.conv1.weight, mode='fan_out', nonlinearity='relu')
     spec = dict(kind='resnet', name=name, size=size, stem=stem, width=width)
     if feature_layer != 'layer4':
         spec['feature_layer'] = feature_layer
+    if zero_init_residual:
+        spec['zero_init_residual'] = True
     return ResNet(net, spec, size, dim)
 
 
@@ -415,4 +420,5 @@ register_encoder(
     stem=partial(require_choice, choices=('auto', *_stems)),
     width=partial(require_int, least=1, most=2048),
     feature_layer=partial(require_choice, choices=('layer4', 'layer3')),
+    zero_init_residual=partial(require_choice, choices=(True, False)),
 )

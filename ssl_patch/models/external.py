@@ -26,7 +26,13 @@ from ssl_patch.models.interface import (
     require_stats,
     spec_side,
 )
-from .weights import Found, find_weights, first_line, flatten_state
+from ssl_patch.models.weights import (
+    Found,
+    find_weights,
+    first_line,
+    flatten_state,
+    from_timm_state,
+)
 
 # %% ../../nbs/models/05_external.ipynb #1066a6de
 class ExternalEncoder(Encoder):
@@ -266,7 +272,7 @@ def remove_classifier(
         the name of the layer
     """
     linear = [n for n, m in net.named_modules() if isinstance(m, nn.Linear)]
-    require(bool(linear), label, 'a network that ends in a linear classifier', net)
+    require(bool(linear), label, 'a network that ends in a linear classifier', type(net))
     parent, _, name = linear[-1].rpartition('.')
     net.get_submodule(parent)._modules[name] = nn.Identity()
     return linear[-1]
@@ -386,6 +392,8 @@ def _library_reader(encoder):
     net = encoder.net
     if isinstance(encoder, OwnEncoder):
         return None
+    if encoder.spec.get('kind') == 'vit':
+        return lambda part: from_timm_state(part, net)
     if encoder.spec['kind'] == 'timm':
         read = getattr(sys.modules[type(net).__module__], 'checkpoint_filter_fn', None)
         return read and (lambda part: read(part, net))
@@ -411,14 +419,20 @@ def fill_encoder(
     Returns:
         where the weights were
     """
-    head, convert = (), None
-    if isinstance(encoder, ExternalEncoder):
-        head, convert = encoder.head, _library_reader(encoder)
+    head, convert = getattr(encoder, 'head', ()), _library_reader(encoder)
     found = find_weights(state, encoder.net, tower, head, convert)
+    flat = flatten_state(state)
     # all are there but for counts of batches
     encoder.net.load_state_dict(found.weights, strict=False)
+    where = found.weights.get('pos_embed')
+    foreign = where is not None and flat[found.prefix + 'pos_embed'].shape != where.shape
+    plain = not encoder.mean.any() and bool((encoder.std == 1).all())
+    if foreign and plain and not isinstance(encoder, ExternalEncoder):
+        from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+        encoder.set_stats(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)  # no such file says its own
     if found.prefix.endswith('net.'):  # an encoder of ours, with its channel statistics
-        flat, at = flatten_state(state), found.prefix[: -len('net.')]
+        at = found.prefix[: -len('net.')]
         if at + 'mean' in flat and at + 'std' in flat:
             encoder.set_stats(flat[at + 'mean'], flat[at + 'std'])
     return found

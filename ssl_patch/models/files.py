@@ -35,7 +35,13 @@ def save_encoder(
     path,  # file to write, usually 'encoder.safetensors'
     card: dict | None = None,  # anything JSON can hold: data, method, epochs, records
 ) -> Path:
-    "Write weights, spec, card and the fingerprints of the training images (aside, then renamed)."
+    """Write weights, spec, card and the fingerprints of the training images (aside, then renamed).
+
+    Args:
+        encoder: an encoder of any kind, or a network of your own with `.size`
+        path: file to write, usually 'encoder.safetensors'
+        card: anything JSON can hold: data, method, epochs, records
+    """
     from safetensors.torch import save_file
 
     path = Path(path).expanduser()
@@ -53,7 +59,11 @@ def save_encoder(
 def current_spec(
     spec: dict,  # of an encoder, as a file has it
 ) -> dict:
-    "The spec in the words of today; files that were written before have others."
+    """The spec in the words of today; files that were written before have others.
+
+    Args:
+        spec: of an encoder, as a file has it
+    """
     if spec.get('kind') not in ('vit', 'resnet'):
         return spec
     words = dict(style='variant', cells='feature_layer')
@@ -63,7 +73,11 @@ def current_spec(
 def current_card(
     card: dict,  # of an encoder, as a file has it
 ) -> dict:
-    "The card in the words of today; files that were written before have others."
+    """The card in the words of today; files that were written before have others.
+
+    Args:
+        card: of an encoder, as a file has it
+    """
     return card | dict(tower='momentum') if card.get('tower') == 'target' else card
 
 # %% ../../nbs/models/07_files.ipynb #d6b91005
@@ -118,7 +132,14 @@ def _read_header(path):
 def load_encoder(
     path,  # a file that `save_encoder` wrote
 ) -> Encoder:  # in eval mode; its card is in `encoder.card`
-    "Rebuild an encoder from its file. `ValueError` if the file is not one of ours."
+    """Rebuild an encoder from its file. `ValueError` if the file is not one of ours.
+
+    Args:
+        path: a file that `save_encoder` wrote
+
+    Returns:
+        in eval mode; its card is in `encoder.card`
+    """
     from safetensors.torch import load_file
 
     path = Path(path).expanduser()
@@ -239,11 +260,20 @@ def _spec_in(state, path):
     return None if text == 'null' else current_spec(_json_dict(text, 'spec', path))
 
 
+def _own_spec(spec, path):
+    "The spec in a file of somebody's own network; {} of any other file."
+    if spec is None or spec.get('kind') != 'own':
+        return {}
+    try:
+        return check_spec(spec)
+    except ValueError as e:
+        raise ValueError(f'{path}: {e}') from e
+
+
 def _network_for(path, spec, arch, arch_args, size, resize, seed):
     "What is to be filled: of the architecture that is given, or else of the file's own."
     if isinstance(arch, str):
         return _library_network(arch, arch_args, size, resize, seed)
-    own = spec is not None and spec.get('kind') == 'own'
     if arch is None and spec is not None:
         words = 'None: they are for networks of libraries'
         require(not arch_args and not resize, 'arch_args and resize', words, (arch_args, resize))
@@ -251,9 +281,9 @@ def _network_for(path, spec, arch, arch_args, size, resize, seed):
     networks = "'torchvision/resnet50', 'timm/NAME', or an encoder of ours"
     words = f'given: {path.name} holds weights alone, say of which network ({networks})'
     require(arch is not None, 'arch', words, arch)
+    own = _own_spec(spec, path)
     if own and isinstance(arch, nn.Module) and not isinstance(arch, Encoder):
-        told = check_spec(spec)
-        return wrap(arch, told['size'], resize=resize or told.get('resize'))
+        return wrap(arch, own['size'], resize=resize or own.get('resize'))
     return _our_network(arch, arch_args, size, resize, seed)
 
 
@@ -281,7 +311,7 @@ def _filled(path, arch, arch_args, size, resize, tower, seed):
     encoder.card = card | dict(file=path.name, prefix=found.prefix, tower=encoder.tower)
     if found.resampled:
         encoder.card['resampled'] = found.resampled
-    return _sized(encoder.eval(), size, path)
+    return _sized(encoder.eval(), size or _own_spec(spec, path).get('size'), path)
 
 
 def _doubt_heads(encoder, prefix):
@@ -356,7 +386,23 @@ def open_encoder(
     resize: int | None = None,  # side before the cut of `size`; None: the published one
     seed: int = 0,  # of random weights
 ) -> nn.Module:  # in eval mode; `.card` says what was opened, `.tower` which tower
-    "An encoder from anywhere. `ValueError` for what does not fit, `FileNotFoundError` for files."
+    """An encoder from anywhere. `ValueError` for what does not fit, `FileNotFoundError` for files.
+
+    Args:
+        what: name, path or module: the table above
+        size: image side, pixels; None: the published one
+        arch: of a foreign file: 'torchvision/NAME', 'timm/NAME', an encoder or network (filled), a
+            spec
+        arch_args: more arguments of a library's network: dict(num_heads=12)
+        pretrained: published weights of a name, or random ones
+        tower: of a file: 'online', 'momentum', or the prefix of its names
+        stats: (mean, std) of [0,1] pixels; None: those that came with it
+        resize: side before the cut of `size`; None: the published one
+        seed: of random weights
+
+    Returns:
+        in eval mode; `.card` says what was opened, `.tower` which tower
+    """
     image_side(size, 'size', optional=True)
     image_side(resize, 'resize', optional=True)
     require(isinstance(arch_args, dict | None), 'arch_args', 'a dict, or None', arch_args)

@@ -247,7 +247,8 @@ def plot_curves(
 
     def draw(ax, k, style='-', f=lambda v: v, **kw):
         measured = [h for h in history if h.get(k) is not None]
-        ax.plot([h['epoch'] for h in measured], [f(h[k]) for h in measured], style, **kw)
+        dot = dict(marker='o', ms=3) if len(measured) == 1 else {}  # no line through one epoch
+        ax.plot([h['epoch'] for h in measured], [f(h[k]) for h in measured], style, **dot | kw)
 
     patches, knn = has('patch_sim_within'), has('knn')
     panels = 3 + patches + knn

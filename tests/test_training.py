@@ -641,7 +641,7 @@ def test_curves_of_old_histories(pretrainer):
             dict(h[-1], epoch=4, patch_sim_within=0.4, patch_sim_between=0.1),
         ]
     )
-    assert len(mixed.axes) == 5 and mixed.axes[3].lines[0].get_xdata().tolist() == [3, 4]
+    assert len(mixed.axes) == 4 and mixed.axes[3].lines[0].get_xdata().tolist() == [3, 4]
 
 
 def test_a_run_is_not_resumed_on_other_images(noise, pretrainer, tmp_path):

@@ -247,7 +247,8 @@ def plot_curves(
 
     def draw(ax, k, style='-', f=lambda v: v, **kw):
         measured = [h for h in history if h.get(k) is not None]
-        dot = dict(marker='o', ms=3) if len(measured) == 1 else {}  # no line through one epoch
+        alone = len(measured) == 1 and 'o' not in style  # no line through one epoch
+        dot = dict(marker='o', ms=3) if alone else {}
         ax.plot([h['epoch'] for h in measured], [f(h[k]) for h in measured], style, **dot | kw)
 
     patches, knn = has('patch_sim_within'), has('knn')

@@ -1,4 +1,7 @@
-"Tiny encoders, views of noise, and plain losses: for tests that make steps of methods."
+"Tiny encoders, views of noise, plain losses, and a stop: for tests that make steps of methods."
+
+import os
+import signal
 
 import torch
 import torch.nn.functional as F
@@ -39,3 +42,17 @@ def said(call, words):
         assert not missing, f'{missing} not in: {e}'
         return True
     return False
+
+
+class StopAt:
+    "A progress display that presses ctrl-C after a given batch."
+
+    def __init__(self, run, at):
+        self.run, self.at = run.progress, at
+
+    def __getattr__(self, name):
+        return getattr(self.run, name)
+
+    def batch(self, done):
+        if done == self.at:
+            os.kill(os.getpid(), signal.SIGINT)

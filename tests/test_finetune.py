@@ -1,15 +1,15 @@
 "Recipes as published, subsets of labels, groups of weights, runs that resume, and records."
 
 import json
-import os
 import random
-import signal
 from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from steps import StopAt
 
 from ssl_patch.data.fingerprints import copies, is_in
 from ssl_patch.data.images import ImageData, TensorImages
@@ -624,20 +624,6 @@ def test_resumed_is_uninterrupted(tmp_path, bf16):
         json.loads((tmp_path / 'r' / 'config.json').read_text())['finetune_config']['grad_clip']
         == 1.0
     )
-
-
-class StopAt:
-    "A progress display that presses ctrl-C after a given batch."
-
-    def __init__(self, run, at):
-        self.run, self.at = run.progress, at
-
-    def __getattr__(self, name):
-        return getattr(self.run, name)
-
-    def batch(self, done):
-        if done == self.at:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_interrupted_in_an_epoch_and_resumed(tmp_path):

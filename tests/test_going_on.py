@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from steps import StopAt
+
 from ssl_patch.cli import main
 from ssl_patch.evaluation.records import Record, load_records
 from ssl_patch.models.encoders import resnet, vit
@@ -22,20 +24,6 @@ from ssl_patch.training.progress import plot_curves
 from ssl_patch.transfer.few_labels import finetune
 from ssl_patch.transfer.finetune import FineTuner
 from ssl_patch.transfer.recipes import FinetuneConfig
-
-
-class StopAt:
-    "A progress display that presses ctrl-C after a given batch."
-
-    def __init__(self, run, at):
-        self.run, self.at = run.progress, at
-
-    def __getattr__(self, name):
-        return getattr(self.run, name)
-
-    def batch(self, done):
-        if done == self.at:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 # ---- longer

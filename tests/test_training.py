@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from steps import StopAt
 
 from ssl_patch.models.heads import mlp
 from ssl_patch.models.encoders import resnet
@@ -45,20 +46,6 @@ def state(run):
         {k: v for k, v in h.items() if k not in ('seconds', 'images_per_s')} for h in s['history']
     ]
     return s
-
-
-class StopAt:
-    "A progress display that presses ctrl-C after a given batch."
-
-    def __init__(self, run, at):
-        self.run, self.at = run.progress, at
-
-    def __getattr__(self, name):
-        return getattr(self.run, name)
-
-    def batch(self, done):
-        if done == self.at:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['graceful_stop', 'Stopped', 'end_by_signal', 'atomic_write', 'as_json', 'RunFolder', 'open_run_folder', 'open_run',
-           'as_identity', 'require_same_run', 'settled_bf16', 'versions', 'provenance', 'continuation', 'said_of']
+           'begin_run', 'stop_run', 'as_identity', 'require_same_run', 'settled_bf16', 'versions', 'provenance',
+           'continuation', 'said_of']
 
 # %% ../../nbs/training/02_checkpoint.ipynb #71280446
 import csv
@@ -255,6 +256,44 @@ def open_run(
         return None, None
     folder = open_run_folder(out, resume)
     return folder, folder.load(device) if resume and folder.resumable else None
+
+# %% ../../nbs/training/02_checkpoint.ipynb #d60bfd4a
+def begin_run(
+    run,  # `Pretrainer`, or `FineTuner`
+    last: int,  # epoch at which it will end for now
+):
+    """Before the first batch: config.json says what the run is; bar and clock start.
+
+    Args:
+        run: `Pretrainer`, or `FineTuner`
+        last: epoch at which it will end for now
+    """
+    begun = run.batches and run.folder and run.folder.has('config.json')
+    if run.folder and not begun:
+        run.folder.write_config(run.run_config())
+    elif begun and run.continued:
+        run.folder.update_config(run.run_config())
+    run.progress.start(run.batches, last * len(run.loader))
+    run.timer.start()
+
+
+def stop_run(
+    run,  # `Pretrainer`, or `FineTuner`
+    number: int,  # of the signal
+):
+    """Stop in mid-run, as a signal asks: a checkpoint is written, and a line says where it stands.
+
+    Args:
+        run: `Pretrainer`, or `FineTuner`
+        number: of the signal
+    """
+    run.timer.tick()
+    if run.folder:
+        run.save()
+    run.progress.close()
+    kept = f'checkpoint in {run.out}' if run.out else 'nothing is written'
+    where = f'stopped after batch {run.batches} of {run.total}'
+    end_by_signal(number, f'{where}; {kept}; fit() goes on')
 
 # %% ../../nbs/training/02_checkpoint.ipynb #d0c57939
 def as_identity(

@@ -19,14 +19,15 @@ from ..models.files import save_encoder
 from ..models.interface import spec_of
 from ssl_patch.training.checkpoint import (
     as_identity,
+    begin_run,
     continuation,
-    end_by_signal,
     graceful_stop,
     open_run,
     provenance,
     require_same_run,
     said_of,
     settled_bf16,
+    stop_run,
 )
 from .optim import GradClip, Schedule, make_optimizer
 from ssl_patch.training.progress import (
@@ -165,10 +166,10 @@ class Pretrainer:
                 for views, _ in self.loader.epoch(epoch, start=self.batches % n):
                     self.train_batch(views)
                     if stop and self.batches % n:
-                        self.halt(stop[0])
+                        stop_run(self, stop[0])
                 self.end_epoch(epoch + 1)
                 if stop and self.batches < self.total:
-                    self.halt(stop[0])
+                    stop_run(self, stop[0])
         return self.finish()
 
     def train_batch(
@@ -207,13 +208,7 @@ class Pretrainer:
 
     def begin(self, last):
         "Before the first batch: config.json says what the run is; bar and clock start."
-        begun = self.batches and self.folder and self.folder.has('config.json')
-        if self.folder and not begun:
-            self.folder.write_config(self.run_config())
-        elif begun and self.continued:
-            self.folder.update_config(self.run_config())
-        self.progress.start(self.batches, last * len(self.loader))
-        self.timer.start()
+        begin_run(self, last)
 
     def end_epoch(self, epoch):
         "After an epoch: means, signs of collapse, kNN, checkpoint and curves."
@@ -257,16 +252,6 @@ class Pretrainer:
     def check_finite(self):
         "`FloatingPointError` where a loss was not finite; the last checkpoint stays."
         require_finite_loss(self.meter, len(self.loader), self.out, self.advice())
-
-    def halt(self, number):
-        "Stop in mid-run, as a signal asks."
-        self.timer.tick()
-        if self.folder:
-            self.save()
-        self.progress.close()
-        kept = f'checkpoint in {self.out}' if self.out else 'nothing is written'
-        kept += '; fit() goes on'
-        end_by_signal(number, f'stopped after batch {self.batches} of {self.total}; {kept}')
 
     def finish(self):
         "After the last batch: curves and encoder are written. Returns the run."

@@ -26,14 +26,15 @@ from ..evaluation.protocol import check_leakage, labelled_splits, top1
 from ..ground.checks import require, require_int
 from ssl_patch.training.checkpoint import (
     as_identity,
+    begin_run,
     continuation,
-    end_by_signal,
     graceful_stop,
     open_run,
     provenance,
     require_same_run,
     said_of,
     settled_bf16,
+    stop_run,
 )
 from ssl_patch.training.progress import (
     Meter,
@@ -219,10 +220,10 @@ class FineTuner:
                 for batch, _ in self.loader.epoch(epoch, start=self.batches % n):
                     self.train_batch(batch)
                     if stop and self.batches % n:
-                        self.halt(stop[0])
+                        stop_run(self, stop[0])
                 self.end_epoch(epoch + 1)
                 if stop and self.batches < self.total:
-                    self.halt(stop[0])
+                    stop_run(self, stop[0])
         return self.finish()
 
     def train_batch(
@@ -277,13 +278,7 @@ class FineTuner:
 
     def begin(self, last):
         "Before the first batch: config.json says what the run is; bar and clock start."
-        begun = self.batches and self.folder and self.folder.has('config.json')
-        if self.folder and not begun:
-            self.folder.write_config(self.run_config())
-        elif begun and self.continued:
-            self.folder.update_config(self.run_config())
-        self.progress.start(self.batches, last * len(self.loader))
-        self.timer.start()
+        begin_run(self, last)
 
     def end_epoch(self, epoch):
         "After an epoch: the mean loss, test accuracy where it is asked for, checkpoint and curves."
@@ -322,16 +317,6 @@ class FineTuner:
     def check_finite(self):
         "`FloatingPointError` where a loss was not finite; the last checkpoint stays."
         require_finite_loss(self.meter, len(self.loader), self.out, self.advice())
-
-    def halt(self, number):
-        "Stop in mid-run, as a signal asks."
-        self.timer.tick()
-        if self.folder:
-            self.save()
-        self.progress.close()
-        kept = f'checkpoint in {self.out}' if self.out else 'nothing is written'
-        kept += '; fit() goes on'
-        end_by_signal(number, f'stopped after batch {self.batches} of {self.total}; {kept}')
 
     def finish(self):
         "After the last batch: the curves are written. Returns the run."

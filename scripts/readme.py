@@ -28,19 +28,20 @@ def from_the_root(text):
     return down.replace('](../', '](')
 
 
-def picture(number, png):
+def picture(number, kind, content):
     "A picture as a file, written only where it has changed."
-    path = NBS / 'images' / f'index_{number}.png'
+    path = NBS / 'images' / f'index_{number}.{kind}'
     path.parent.mkdir(exist_ok=True)
-    if not path.exists() or path.read_bytes() != png:
-        path.write_bytes(png)
+    if not path.exists() or path.read_bytes() != content:
+        path.write_bytes(content)
     return f'![](nbs/images/{path.name})'
 
 
 def output_text(number, output):
     data = output.get('data', {})
-    if 'image/png' in data:
-        return picture(number, base64.b64decode(''.join(data['image/png'])))
+    for kind in ('png', 'jpeg'):
+        if f'image/{kind}' in data:
+            return picture(number, kind, base64.b64decode(''.join(data[f'image/{kind}'])))
     if 'text/markdown' in data:
         return from_the_root(''.join(data['text/markdown']))
     if 'text/plain' in data:
@@ -68,7 +69,7 @@ def main():
     head, _, rest = '\n\n'.join(filter(None, texts)).partition('\n')
     text = f'{head}\n\n{LINE}\n{rest}\n'
     (ROOT / 'README.md').write_text(text)
-    for path in (NBS / 'images').glob('index_*.png'):
+    for path in (NBS / 'images').glob('index_*.*'):
         if path.name not in text:  # of a cell that is gone
             path.unlink()
 

@@ -26,8 +26,7 @@ def picture_format(
     kind: str = 'jpeg',  # 'jpeg' for photographs, 'png' for charts
     quality: int = 85,  # of JPEG, 1 to 95
 ):
-    """How a notebook keeps the pictures that it shows from here on. Outside of a notebook nothing
-    is kept: it changes nothing there.
+    """How a notebook keeps the pictures that it shows from here on; outside of one, nothing.
 
     Args:
         kind: 'jpeg' for photographs, 'png' for charts

@@ -259,13 +259,13 @@ def open_run(
 
 # %% ../../nbs/training/02_checkpoint.ipynb #d60bfd4a
 def begin_run(
-    run,  # `Pretrainer`, or `FineTuner`
+    run,  # `Pretrainer`, `FineTuner` or `TaskTuner`
     last: int,  # epoch at which it will end for now
 ):
     """Before the first batch: config.json says what the run is; bar and clock start.
 
     Args:
-        run: `Pretrainer`, or `FineTuner`
+        run: `Pretrainer`, `FineTuner` or `TaskTuner`
         last: epoch at which it will end for now
     """
     begun = run.batches and run.folder and run.folder.has('config.json')
@@ -273,18 +273,18 @@ def begin_run(
         run.folder.write_config(run.run_config())
     elif begun and run.continued:
         run.folder.update_config(run.run_config())
-    run.progress.start(run.batches, last * len(run.loader))
+    run.progress.start(run.batches, min(last * len(run.loader), run.total))
     run.timer.start()
 
 
 def stop_run(
-    run,  # `Pretrainer`, or `FineTuner`
+    run,  # `Pretrainer`, `FineTuner` or `TaskTuner`
     number: int,  # of the signal
 ):
     """Stop in mid-run, as a signal asks: a checkpoint is written, and a line says where it stands.
 
     Args:
-        run: `Pretrainer`, or `FineTuner`
+        run: `Pretrainer`, `FineTuner` or `TaskTuner`
         number: of the signal
     """
     run.timer.tick()

@@ -657,7 +657,7 @@ def test_files_that_are_refused(nets, tmp_path):
         (dict(tower='momentum'), 'for files'),
         (dict(arch_args=dict(num_classes=3)), 'num_classes'),
         (dict(arch_args=dict(hands=3)), 'hands'),
-        (dict(size=65), 'patches of 16'),
+        (dict(size=65), 'a multiple of the patch side 16'),
     ],
 )
 def test_bad_arguments(kw, word):

@@ -266,23 +266,23 @@ class FileImages(Images):
 
     def batches(
         self,
-        size: int,  # pixels of the squares
+        size: int | tuple,  # pixels: a side, or (height, width)
         batch_size: int = 512,  # images in a batch; the last one may have fewer
         device=None,  # of the batches; None: the CPU
         workers: int = 0,  # processes that decode
-        resize: int | None = None,  # short side before the cut; None: `size`
-    ) -> Iterator:  # of (x uint8 (b,3,size,size), labels (b,) or None)
+        resize: int | None = None,  # short side before the cut; None: that of `size`
+    ) -> Iterator:  # of (x uint8 (b,3,height,width), labels (b,) or None)
         """Batches in order, resized and cut at the centre, not augmented.
 
         Args:
-            size: pixels of the squares
+            size: pixels: a side, or (height, width)
             batch_size: images in a batch; the last one may have fewer
             device: of the batches; None: the CPU
             workers: processes that decode
-            resize: short side before the cut; None: `size`
+            resize: short side before the cut; None: that of `size`
 
         Returns:
-            of (x uint8 (b,3,size,size), labels (b,) or None)
+            of (x uint8 (b,3,height,width), labels (b,) or None)
         """
         squares = _Squares(self, size, resize)
         loader = torch.utils.data.DataLoader(squares, batch_size, num_workers=workers)

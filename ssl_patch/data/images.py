@@ -15,30 +15,41 @@ import torch
 from torch import Tensor
 
 from .fingerprints import can_fingerprint, copies, hash_files, hash_pixels, is_in
-from ..ground.checks import require_int, require_shape
+from ..ground.checks import height_width, require_int, require_shape
 
 # %% ../../nbs/data/01_images.ipynb #46a5af55
 def resize_center_crop(
     x: Tensor,  # (..., C, H, W), uint8
-    size: int,  # pixels
-    resize: int | None = None,  # short side before the cut, at least `size`; None: `size`
-) -> Tensor:  # (..., C, size, size)
-    """Resize the short side (antialiased), cut the centre; an image of that size stays as it is.
+    size: int | tuple,  # pixels: a side, or (height, width)
+    resize: int | None = None,  # short side of what `size` is cut of, at least its own; None: that
+) -> Tensor:  # (..., C, height, width)
+    """Resize (antialiased) until the cut is covered, cut the centre; an image of that size stays as
+    it is.
 
     Args:
         x: (..., C, H, W), uint8
-        size: pixels
-        resize: short side before the cut, at least `size`; None: `size`
+        size: pixels: a side, or (height, width)
+        resize: short side of what `size` is cut of, at least its own; None: that
 
     Returns:
-        (..., C, size, size)
+        (..., C, height, width)
     """
-    require_int(resize, 'resize', least=size, optional=True)
-    if resize is None and x.shape[-2:] == (size, size):
+    cut = height_width(size)
+    require_int(resize, 'resize', least=min(cut), optional=True)
+    if resize is None and x.shape[-2:] == cut:
         return x
     from torchvision.transforms.v2 import functional as F  # slow to import, so only where used
 
-    return F.center_crop(F.resize(x, [resize or size], antialias=True), [size, size])
+    sides = [resize or size]  # the short one
+    if isinstance(size, tuple):
+        sides = _covering(x.shape[-2:], [n * (resize or min(cut)) / min(cut) for n in cut])
+    return F.center_crop(F.resize(x, sides, antialias=True), list(cut))
+
+
+def _covering(sides, cut):
+    "Sides in their proportion, as small as covers the cut: one of them equal, the other not less."
+    scale = max(c / n for c, n in zip(cut, sides))
+    return [max(int(n * scale + 1e-6), round(c)) for c, n in zip(cut, sides)]
 
 # %% ../../nbs/data/01_images.ipynb #5d1a25f2
 def balanced_order(
@@ -256,23 +267,23 @@ class TensorImages(Images):
 
     def batches(
         self,
-        size: int,  # pixels of the squares
+        size: int | tuple,  # pixels: a side, or (height, width)
         batch_size: int = 512,  # images in a batch; the last one may have fewer
         device=None,  # of the batches; None: where the images are
         workers: int = 0,  # not needed in memory; taken as `FileImages` takes it
-        resize: int | None = None,  # short side before the cut; None: `size`
-    ) -> Iterator:  # of (x uint8 (b,C,size,size), labels (b,) or None)
+        resize: int | None = None,  # short side before the cut; None: that of `size`
+    ) -> Iterator:  # of (x uint8 (b,C,height,width), labels (b,) or None)
         """Batches in order, resized and cut at the centre, not augmented.
 
         Args:
-            size: pixels of the squares
+            size: pixels: a side, or (height, width)
             batch_size: images in a batch; the last one may have fewer
             device: of the batches; None: where the images are
             workers: not needed in memory; taken as `FileImages` takes it
-            resize: short side before the cut; None: `size`
+            resize: short side before the cut; None: that of `size`
 
         Returns:
-            of (x uint8 (b,C,size,size), labels (b,) or None)
+            of (x uint8 (b,C,height,width), labels (b,) or None)
         """
         for i in range(0, len(self), batch_size):
             x = self.images[i : i + batch_size]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..ground.checks import require_choice
+from ..ground.checks import height_width, require_choice
 from ssl_patch.evaluation.features import (
     LAYERS,
     accepted_size,
@@ -72,7 +72,7 @@ def hash_tensors(
 # %% ../../nbs/evaluation/04_cache.ipynb #3ddabed4
 def probe_noise(
     encoder: nn.Module,  # to be asked
-    size: int,  # of the pictures, pixels
+    size: int | tuple,  # of the pictures, pixels
     layer: str = 'image',  # 'image' or 'patch_mean'
     amp: bool = False,  # bfloat16 autocast
 ) -> Tensor:  # (4,D)
@@ -89,7 +89,7 @@ def probe_noise(
     """
     require_choice(layer, 'layer', LAYERS)
     place = size_and_device(encoder, size, None)[1]
-    x = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(4, 3, *height_width(size), generator=torch.Generator().manual_seed(0))
     half = autocast_for(encoder, place, amp)
     with frozen(encoder), accepted_size(encoder, size) as sized, half:
         x = as_floats(sized, x.to(place))

@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.images import unit_std
-from ..ground.checks import require, require_choice, require_int, require_shape
+from ssl_patch.ground.checks import (
+    height_width,
+    image_size,
+    require,
+    require_choice,
+    require_int,
+    require_shape,
+    size_words,
+)
 from ..models.batchnorm import doubt_stats, norms_of
 from ..models.interface import Encoder, precision_of
 
@@ -67,22 +75,28 @@ def select_layer(
 # %% ../../nbs/evaluation/01_features.ipynb #79202d1c
 def size_and_device(
     encoder: nn.Module,  # any module
-    size: int | None,  # input size in pixels; None: `encoder.size`
+    size: int | tuple | None,  # of the input, pixels: side or (height, width); None: `encoder.size`
     device,  # where to compute; None: where the encoder is
 ) -> tuple:  # size, device of the encoder, device to compute on
     """Input size and devices of an encoder, or a ValueError that says what is missing.
 
     Args:
         encoder: any module
-        size: input size in pixels; None: `encoder.size`
+        size: of the input, pixels: side or (height, width); None: `encoder.size`
         device: where to compute; None: where the encoder is
 
     Returns:
         size, device of the encoder, device to compute on
     """
     require(isinstance(encoder, nn.Module), 'encoder', 'a torch nn.Module', encoder)
-    size = size or getattr(encoder, 'size', None)
-    require_int(size, 'size', 1, hint=', in pixels, for an encoder without `.size`')
+    size = getattr(encoder, 'size', None) if size is None else size
+    require(
+        size is not None,
+        'size',
+        'a whole number at least 1, in pixels, for an encoder without `.size`',
+        size,
+    )
+    size = image_size(size, 'size')
     tensors = [*encoder.parameters(), *encoder.buffers()]
     here = tensors[0].device if tensors else torch.device('cpu')
     return size, here, here if device is None else torch.device(device)
@@ -90,7 +104,7 @@ def size_and_device(
 # %% ../../nbs/evaluation/01_features.ipynb #c3b81e11
 def eval_resize(
     encoder: nn.Module,  # any module; `resize` is the side before the cut that belongs to it
-    size: int,  # of the cut, pixels
+    size: int | tuple,  # of the cut, pixels
     resize: int | None = None,  # what was asked for
 ) -> int | None:  # None: as `size`
     """Short side before the cut: as asked for, else the encoder's own, in proportion to `size`.
@@ -106,13 +120,14 @@ def eval_resize(
     own = getattr(encoder, 'resize', None)
     if resize or not isinstance(own, int):
         return resize
-    return max(size, own * size // (getattr(encoder, 'size', None) or size))
+    short, its = (min(height_width(s)) for s in (size, getattr(encoder, 'size', None) or size))
+    return max(short, own * short // its)
 
 # %% ../../nbs/evaluation/01_features.ipynb #0d347ebc
 @contextmanager
 def accepted_size(
     encoder: nn.Module,  # any module; one of ours knows its `sizes`
-    size: int,  # of the images, pixels
+    size: int | tuple,  # of the images, pixels
 ):
     """An encoder that takes images of this size inside the block. ValueError where none can.
 
@@ -130,7 +145,7 @@ def accepted_size(
         try:
             encoder, before = encoder.at_size(size), {size}
         except (ValueError, AttributeError):
-            raise ValueError(f'size={size}: {e}') from e
+            raise ValueError(f'size={size_words(size)}: {e}') from e
     try:
         yield encoder
     finally:
@@ -155,20 +170,20 @@ def as_floats(
 
 # %% ../../nbs/evaluation/01_features.ipynb #408bfbcb
 def batches_of(
-    x: Tensor,  # (B,3,size,size)
+    x: Tensor,  # (B,3,H,W)
     device,  # where the encoder is
-) -> tuple:  # of tensors (b,3,size,size)
+) -> tuple:  # of tensors (b,3,H,W)
     """A batch, whole; on a CPU in pieces that fit its caches: 128 images of 32 pixels, or fewer.
 
     Args:
-        x: (B,3,size,size)
+        x: (B,3,H,W)
         device: where the encoder is
 
     Returns:
-        of tensors (b,3,size,size)
+        of tensors (b,3,H,W)
     """
     on_cpu = torch.device(device).type == 'cpu'
-    return x.split(max(8, 2**17 // x.shape[-1] ** 2)) if on_cpu else (x,)
+    return x.split(max(8, 2**17 // (x.shape[-1] * x.shape[-2]))) if on_cpu else (x,)
 
 
 def _spread(images, size, how):
@@ -200,7 +215,7 @@ def extract(
     layer: str = 'image',  # 'image' or 'patch_mean'
     device=None,  # where to compute; None: where the encoder is. Elsewhere, a copy is used
     workers: int = 0,  # processes that decode images
-    size: int | None = None,  # input size in pixels; None: `encoder.size`
+    size: int | tuple | None = None,  # of the input, pixels; None: `encoder.size`
     # short side before the cut, e.g. 256 for 224; None: that of the encoder, else as `size`
     resize: int | None = None,
     amp: bool = False,  # bfloat16 autocast
@@ -214,7 +229,7 @@ def extract(
         layer: 'image' or 'patch_mean'
         device: where to compute; None: where the encoder is. Elsewhere, a copy is used
         workers: processes that decode images
-        size: input size in pixels; None: `encoder.size`
+        size: of the input, pixels; None: `encoder.size`
         resize: short side before the cut, e.g. 256 for 224; None: that of the encoder, else as
             `size`
         amp: bfloat16 autocast
@@ -253,7 +268,7 @@ def remeasure_stats(
     encoder: nn.Module,  # with batch-norm; stays as it is
     data,  # `ImageData`, whose train split is looked at, or a split (`Images`)
     batch_size: int = 256,  # images of which a mean and a variance are taken
-    size: int | None = None,  # input size in pixels; None: `encoder.size`
+    size: int | tuple | None = None,  # of the input, pixels; None: `encoder.size`
     device=None,  # where to compute; None: where the encoder is
     workers: int = 0,  # processes that decode images
     resize: int | None = None,  # short side before the cut; None: as in `extract`
@@ -266,7 +281,7 @@ def remeasure_stats(
         encoder: with batch-norm; stays as it is
         data: `ImageData`, whose train split is looked at, or a split (`Images`)
         batch_size: images of which a mean and a variance are taken
-        size: input size in pixels; None: `encoder.size`
+        size: of the input, pixels; None: `encoder.size`
         device: where to compute; None: where the encoder is
         workers: processes that decode images
         resize: short side before the cut; None: as in `extract`
@@ -306,40 +321,42 @@ def remeasure_stats(
 
 # %% ../../nbs/evaluation/01_features.ipynb #67193a48
 class RawPixels(nn.Module):
-    """The baseline encoder: normalised pixels as a vector, average-pooled to 32 x 32 if larger.
+    """The baseline encoder: normalised pixels as a vector, sides average-pooled to 32 if larger.
 
     Args:
-        size: side of the input in pixels
+        size: of the input, pixels: a side, or (height, width)
         mean: (C,) subtracted; None: 0 of three channels
         std: (C,) divided by, unless a channel is constant; None: 1
     """
 
     def __init__(
         self,
-        size: int,  # side of the input in pixels
+        size: int | tuple,  # of the input, pixels: a side, or (height, width)
         mean: Tensor | None = None,  # (C,) subtracted; None: 0 of three channels
         std: Tensor | None = None,  # (C,) divided by, unless a channel is constant; None: 1
     ):
         super().__init__()
-        self.size, self.side = size, min(size, 32)
+        self.size = image_size(size, 'size')
+        self.sides = tuple(min(n, 32) for n in height_width(size))
         mean = torch.zeros(3) if mean is None else mean.clone().float().cpu()
         std = torch.ones_like(mean) if std is None else std.clone().float().cpu()
-        self.dim = len(mean) * self.side**2
+        self.dim = len(mean) * self.sides[0] * self.sides[1]
         self.register_buffer('mean', mean)
         self.register_buffer('std', unit_std(self.mean, std))
 
     def forward(
         self,
-        x: Tensor,  # (B,C,size,size) in [0,1]
-    ) -> Tensor:  # (B, C*side*side)
+        x: Tensor,  # (B,C,H,W) in [0,1]
+    ) -> Tensor:  # (B, C*rows*columns)
         """
         Args:
-            x: (B,C,size,size) in [0,1]
+            x: (B,C,H,W) in [0,1]
 
         Returns:
-            (B, C*side*side)
+            (B, C*rows*columns)
         """
-        x = F.adaptive_avg_pool2d(x, self.side) if x.shape[-1] > self.side else x
+        larger = any(n > most for n, most in zip(x.shape[2:], self.sides))
+        x = F.adaptive_avg_pool2d(x, self.sides) if larger else x
         return ((x - self.mean[:, None, None]) / self.std[:, None, None]).flatten(1)
 
 # %% ../../nbs/evaluation/01_features.ipynb #2f662c77

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_patch.ground.checks import (
+    height_width,
     require,
     require_choice,
     require_int,
@@ -24,7 +25,7 @@ from ssl_patch.ground.checks import (
 )
 from ..data.images import ImageData, resize_center_crop
 from ..views.augmentations import Augmentation, draw_boxes
-from ..views.crops import resized_crop
+from ..views.crops import crop_matrix, resized_crop
 from ..views.loader import generator_for
 from .cache import cached_features
 from ssl_patch.evaluation.features import (
@@ -172,24 +173,32 @@ def pad_crop(
     ]
 
 # %% ../../nbs/evaluation/08_linear_probe.ipynb #817865ef
+def _rectangles(x, box, size, flip):
+    "`resized_crop` to (height, width): the same filter, for each axis its own length."
+    (t, l, h, w), (H, W) = box.float().unbind(1), x.shape[-2:]
+    wy, wx = crop_matrix(t, h, H, size[0]), crop_matrix(l, w, W, size[1], flip)
+    x = x.float() / 255 if x.dtype == torch.uint8 else x
+    return wy[:, None] @ (x @ wx[:, None].transpose(-1, -2))
+
+
 def augment_batch(
     x,  # uint8 (B,3,H,W), or a list of (3,H,W) that may differ in size
     config: LinearProbeConfig,  # scale, pad, flip
-    size: int,  # of the views, pixels
+    size: int | tuple,  # of the views, pixels: a side, or (height, width)
     resize: int | None,  # short side before the cut, where the whole image is taken
     generator: torch.Generator | None,  # on the CPU
-) -> Tensor:  # (B,3,size,size), floats in [0,1]
+) -> Tensor:  # (B,3,height,width), floats in [0,1]
     """Views of train images, for each image its own; the same for a batch and for a list.
 
     Args:
         x: uint8 (B,3,H,W), or a list of (3,H,W) that may differ in size
         config: scale, pad, flip
-        size: of the views, pixels
+        size: of the views, pixels: a side, or (height, width)
         resize: short side before the cut, where the whole image is taken
         generator: on the CPU
 
     Returns:
-        (B,3,size,size), floats in [0,1]
+        (B,3,height,width), floats in [0,1]
     """
     whole = isinstance(x, Tensor)
     if config.scale is None:
@@ -199,13 +208,14 @@ def augment_batch(
             x = torch.stack([resize_center_crop(i, size, resize) for i in x])
         whole = True
     sizes = torch.tensor([tuple(i.shape[-2:]) for i in (x[:1] if whole else x)]).expand(len(x), 2)
-    crop = Augmentation(size, scale=config.scale, flip=config.flip)
+    crop = Augmentation(max(height_width(size)), scale=config.scale, flip=config.flip)
     box, flip = draw_boxes(crop, sizes, generator)
+    cut = _rectangles if isinstance(size, tuple) else resized_crop
     if whole:
-        x = resized_crop(x, box.to(x.device), size, flip.to(x.device))
+        x = cut(x, box.to(x.device), size, flip.to(x.device))
     else:
         each = zip(x, box, flip)
-        x = torch.cat([resized_crop(i[None], b[None], size, f[None]) for i, b, f in each])
+        x = torch.cat([cut(i[None], b[None], size, f[None]) for i, b, f in each])
     return pad_crop(x, config.pad, generator) if config.pad else x
 
 

@@ -21,7 +21,7 @@ from ..views.loader import generator_for
 # %% ../../nbs/evaluation/12_panels.ipynb #16448241
 def named_encoders(
     encoders,  # an encoder, or a dict name -> encoder
-    size: int | None = None,  # input size, pixels; None: each encoder's own
+    size: int | tuple | None = None,  # input size, pixels; None: each encoder's own
 ) -> dict:  # name -> encoder
     """Encoders by name. ValueError if there is none, or one of them is no encoder.
 
@@ -128,7 +128,7 @@ def references(
     encoders: dict,  # name -> encoder
     data,  # `ImageData`; raw pixels are normalised by its statistics
     seed: int,  # of the random weights
-    size: int | None = None,  # input size, pixels; None: each encoder's own
+    size: int | tuple | None = None,  # input size, pixels; None: each encoder's own
     pixels: bool = True,  # also raw pixels
 ) -> dict:  # name -> encoder
     """Raw pixels and random twins that are not among the encoders themselves.

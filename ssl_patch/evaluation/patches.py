@@ -26,7 +26,7 @@ from .metrics import confusion, count_labels, iou, label_chunks
 from .panels import named_encoders, picture_table, require_columns
 from .protocol import random_twin
 from .records import Record
-from ..ground.checks import require, require_choice, require_int
+from ..ground.checks import height_width, require, require_choice, require_int
 from ..models.encoders import Features
 
 # %% ../../nbs/evaluation/13_patches.ipynb #28218667
@@ -39,8 +39,8 @@ def _check_images(images, name):
 
 def whole_features(
     encoder: nn.Module,  # returns `Features`; frozen meanwhile, left as it was
-    images: Tensor,  # (N,3,H,W) uint8; resized (antialiased) to a square
-    size: int | None = None,  # side of that square, pixels; None: `encoder.size`
+    images: Tensor,  # (N,3,H,W) uint8; resized (antialiased)
+    size: int | tuple | None = None,  # to this, side or (height, width); None: `encoder.size`
     batch_size: int = 32,  # images at a time
     device=None,  # where to compute; None: where the encoder is
 ) -> Features:  # image (N,D), patches (N,M,D), float32 on the CPU, and grid (rows, cols)
@@ -48,8 +48,8 @@ def whole_features(
 
     Args:
         encoder: returns `Features`; frozen meanwhile, left as it was
-        images: (N,3,H,W) uint8; resized (antialiased) to a square
-        size: side of that square, pixels; None: `encoder.size`
+        images: (N,3,H,W) uint8; resized (antialiased)
+        size: to this, side or (height, width); None: `encoder.size`
         batch_size: images at a time
         device: where to compute; None: where the encoder is
 
@@ -65,7 +65,7 @@ def whole_features(
     with frozen(encoder), accepted_size(encoder, size) as sized:
         for x in images.split(batch_size):
             x = x.to(device).float() / 255
-            x = F.interpolate(x, (size, size), mode='bilinear', antialias=True)
+            x = F.interpolate(x, height_width(size), mode='bilinear', antialias=True)
             out = sized(as_floats(sized, x))
             require(hasattr(out, 'patches'), 'encoder', 'one that returns Features', type(out))
             found.append((out.image.float().cpu(), out.patches.float().cpu()))
@@ -81,8 +81,8 @@ def whole_features(
 
 def patch_features(
     encoder: nn.Module,  # returns `Features`; frozen meanwhile, left as it was
-    images: Tensor,  # (N,3,H,W) uint8; resized (antialiased) to a square
-    size: int | None = None,  # side of that square, pixels; None: `encoder.size`
+    images: Tensor,  # (N,3,H,W) uint8; resized (antialiased)
+    size: int | tuple | None = None,  # to this, side or (height, width); None: `encoder.size`
     batch_size: int = 32,  # images at a time
     device=None,  # where to compute; None: where the encoder is
 ) -> tuple[Tensor, tuple]:  # features (N, rows*cols, D) float32 on the CPU, and (rows, cols)
@@ -90,8 +90,8 @@ def patch_features(
 
     Args:
         encoder: returns `Features`; frozen meanwhile, left as it was
-        images: (N,3,H,W) uint8; resized (antialiased) to a square
-        size: side of that square, pixels; None: `encoder.size`
+        images: (N,3,H,W) uint8; resized (antialiased)
+        size: to this, side or (height, width); None: `encoder.size`
         batch_size: images at a time
         device: where to compute; None: where the encoder is
 
@@ -107,17 +107,18 @@ class RawPatches(nn.Module):
     colours.
 
     Args:
-        size: side of the input, pixels
+        size: of the input, pixels
         grid: (rows, cols)
     """
 
     def __init__(
         self,
-        size: int,  # side of the input, pixels
+        size: int | tuple,  # of the input, pixels
         grid: tuple,  # (rows, cols)
     ):
         super().__init__()
-        self.size, self.grid, self.fine = size, tuple(grid), max(1, min(4, size // max(grid)))
+        self.size, self.grid = size, tuple(grid)
+        self.fine = max(1, min(4, *(n // g for n, g in zip(height_width(size), grid))))
 
     def forward(self, x):
         (r, c), n = self.grid, self.fine
@@ -186,7 +187,7 @@ def predict_masks(
     images: Tensor,  # (M,3,H,W) uint8, to be segmented
     classes: int,  # C
     ignore: int | None = None,  # label of pixels that do not count
-    size: int | None = None,  # images are resized to this square, pixels; None: `encoder.size`
+    size: int | tuple | None = None,  # images are resized to it, pixels; None: `encoder.size`
     epochs: int = 100,  # passes over the patches
     lr: float = 10.0,  # highest learning rate, for standardised features
     batch_size: int = 128,  # patches per step
@@ -202,7 +203,7 @@ def predict_masks(
         images: (M,3,H,W) uint8, to be segmented
         classes: C
         ignore: label of pixels that do not count
-        size: images are resized to this square, pixels; None: `encoder.size`
+        size: images are resized to it, pixels; None: `encoder.size`
         epochs: passes over the patches
         lr: highest learning rate, for standardised features
         batch_size: patches per step
@@ -271,7 +272,9 @@ def linear_segmentation(
     test: tuple,  # images (M,3,H,W) uint8 and masks (M,H,W)
     classes: int,  # C; labels are 0 to C-1
     ignore: int | None = None,  # label of pixels that do not count
-    size: int | None = None,  # side of the input, pixels; None: `encoder.size`. Masks keep theirs
+    size: int
+    | tuple
+    | None = None,  # of the input, pixels; None: `encoder.size`. Masks keep theirs
     epochs: int = 100,  # passes over the patches
     lr: float = 10.0,  # highest learning rate, for standardised features
     batch_size: int = 128,  # patches per step
@@ -292,7 +295,7 @@ def linear_segmentation(
         test: images (M,3,H,W) uint8 and masks (M,H,W)
         classes: C; labels are 0 to C-1
         ignore: label of pixels that do not count
-        size: side of the input, pixels; None: `encoder.size`. Masks keep theirs
+        size: of the input, pixels; None: `encoder.size`. Masks keep theirs
         epochs: passes over the patches
         lr: highest learning rate, for standardised features
         batch_size: patches per step
@@ -380,7 +383,7 @@ def show_masks(
     test: tuple,  # images (M,3,H,W) uint8 and masks (M,H,W), to show
     classes: int,  # C; every class has its colour
     ignore: int | None = None,  # label of pixels that do not count; drawn white
-    size: int | None = None,  # side of the input, pixels; None: each encoder's own
+    size: int | tuple | None = None,  # of the input, pixels; None: each encoder's own
     **settings,  # epochs, lr, batch_size, weight_decay, seed, device: as in `predict_masks`
 ):  # -> matplotlib Figure, a row per test image
     """What linear segmentation answers, beside the truth. ValueError before any work.
@@ -391,7 +394,7 @@ def show_masks(
         test: images (M,3,H,W) uint8 and masks (M,H,W), to show
         classes: C; every class has its colour
         ignore: label of pixels that do not count; drawn white
-        size: side of the input, pixels; None: each encoder's own
+        size: of the input, pixels; None: each encoder's own
         **settings: epochs, lr, batch_size, weight_decay, seed, device: as in `predict_masks`
     """
     encoders = named_encoders(encoders, size)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ground.checks import height_width, image_size
 from ..ground.checks import require, require_choice, require_int, require_known
 from ..data.fingerprints import can_fingerprint, is_in
 from ..data.images import ImageData, Images
@@ -345,7 +346,7 @@ def random_twin(
 def baseline_encoders(
     encoder: nn.Module,  # that is measured
     data: ImageData,  # raw pixels are normalised as its images are
-    size: int,  # of the input, pixels
+    size: int | tuple,  # of the input, pixels
     seed: int,  # of the random weights
 ):
     """(name, encoder), one after the other.
@@ -416,9 +417,10 @@ def check_extract_args(
     """
     known = 'batch_size device workers size resize amp cache overlap out'.split()
     require_known(how, f'{protocol}, beside arguments of its own,', known)
-    for name, least in (('batch_size', 1), ('workers', 0), ('size', 1), ('resize', 1)):
+    for name, least in (('batch_size', 1), ('workers', 0), ('resize', 1)):
         require_int(how.get(name), name, least, optional=True)
-    resize, side = how.get('resize'), how.get('size') or getattr(encoder, 'size', 1)
+    size = image_size(how.get('size'), 'size', optional=True) or getattr(encoder, 'size', 1)
+    resize, side = how.get('resize'), min(height_width(size))
     require(not resize or resize >= side, 'resize', f'at least the cut of {side} pixels', resize)
 
 # %% ../../nbs/evaluation/05_protocol.ipynb #73556a4c

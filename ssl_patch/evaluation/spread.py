@@ -91,6 +91,7 @@ def alignment_uniformity(
 
 def _of_size(augmentation, size):
     "An augmentation at this size; the usual one for None."
+    require(isinstance(size, int), 'size', 'one side, as views are squares', size)
     if augmentation is None:
         return aug_moco_cifar(size) if size <= 64 else aug_moco_v2(size)
     what = f'an Augmentation, such as aug_moco_v2({size})'

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shown', 'require', 'require_int', 'require_number', 'require_range', 'nearest', 'require_choice', 'require_known',
-           'require_shape']
+           'require_shape', 'image_size', 'height_width', 'size_words']
 
 # %% ../../nbs/ground/00_checks.ipynb #c0000003
 import difflib
@@ -218,3 +218,62 @@ def require_shape(
     fits = right and all(not isinstance(n, int) or n == m for n, m in zip(shape, x.shape))
     words = ','.join('any' if n is None else str(n) for n in shape)
     require(fits, name, f'({words}){f" {dtype}" if dtype else ""}{meaning}', x)
+
+# %% ../../nbs/ground/00_checks.ipynb #c0000018
+def image_size(
+    value,  # what was given: a side, or (height, width), pixels
+    name: str,  # of the argument
+    most: int | None = None,  # largest side that is allowed
+    optional: bool = False,  # whether None is allowed
+) -> int | tuple | None:  # the side of a square, else (height, width)
+    """A size of images as it is written here. `ValueError` for what is none.
+
+    Args:
+        value: what was given: a side, or (height, width), pixels
+        name: of the argument
+        most: largest side that is allowed
+        optional: whether None is allowed
+
+    Returns:
+        the side of a square, else (height, width)
+    """
+    pair = isinstance(value, tuple | list) and len(value) == 2
+    hint = ', or (height, width) of such (pixels)'
+    for side in value if pair else (value,):
+        try:
+            require_int(side, name, 1, most, optional and not pair)
+        except ValueError:
+            words = ' '.join(['a whole number', _range(1, None, most, None)])
+            require(False, name, words + hint + ', or None' * optional, value)
+    if not pair:
+        return value
+    height, width = map(int, value)
+    return height if height == width else (height, width)
+
+
+def height_width(
+    size: int | tuple,  # a side, or (height, width)
+) -> tuple:  # (height, width)
+    """Both sides of a size.
+
+    Args:
+        size: a side, or (height, width)
+
+    Returns:
+        (height, width)
+    """
+    return tuple(size) if isinstance(size, tuple | list) else (size, size)
+
+
+def size_words(
+    size: int | tuple,  # a side, or (height, width), pixels
+) -> str:  # '32', '32x64'
+    """A size in a message.
+
+    Args:
+        size: a side, or (height, width), pixels
+
+    Returns:
+        '32', '32x64'
+    """
+    return 'x'.join(map(str, size)) if isinstance(size, tuple | list) else str(size)

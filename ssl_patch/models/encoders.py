@@ -14,32 +14,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ground.checks import require, require_choice, require_int, require_number
+from ssl_patch.ground.checks import (
+    height_width,
+    image_size,
+    require,
+    require_choice,
+    require_int,
+    require_number,
+)
 from ssl_patch.models.interface import (
     Encoder,
     Features,
-    image_side,
     register_encoder,
+    require_divided,
     spec_side,
+    spec_size,
 )
 
 # %% ../../nbs/models/01_encoders.ipynb #7999d126
 def sincos_positions(
-    grid: int,  # patches per side n
+    grid: int | tuple,  # patches per side n, or (rows, columns)
     dim: int,  # width D, a multiple of 4
-) -> Tensor:  # (n*n,D), row-major
+) -> Tensor:  # (rows*columns,D), row-major
     """Fixed 2-D sin-cos position embedding (MoCo v3). `ValueError` if `dim` is no multiple of 4.
 
     Args:
-        grid: patches per side n
+        grid: patches per side n, or (rows, columns)
         dim: width D, a multiple of 4
 
     Returns:
-        (n*n,D), row-major
+        (rows*columns,D), row-major
     """
     require(dim % 4 == 0, 'dim', 'a multiple of 4 (sine and cosine of row and column)', dim)
     omega = 10000 ** (-torch.arange(dim // 4) / (dim / 4))
-    h, w = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing='ij')
+    h, w = torch.meshgrid(*map(torch.arange, height_width(grid)), indexing='ij')
     h, w = h.reshape(-1, 1) * omega, w.reshape(-1, 1) * omega
     return torch.cat([h.sin(), h.cos(), w.sin(), w.cos()], 1)
 
@@ -90,7 +98,7 @@ def _init_moco_v3(net):
     bound = math.sqrt(6 / (3 * conv.kernel_size[0] ** 2 + conv.out_channels))
     nn.init.uniform_(conv.weight, -bound, bound)
     nn.init.zeros_(conv.bias)
-    net.pos_embed.copy_(sincos_positions(net.patch_embed.grid_size[0], net.embed_dim)[None])
+    net.pos_embed.copy_(sincos_positions(net.patch_embed.grid_size, net.embed_dim)[None])
     for p in (conv.weight, conv.bias, net.pos_embed):
         p.requires_grad_(False)
 
@@ -128,7 +136,7 @@ class ViT(Encoder):
         net: nn.Module,  # timm's `VisionTransformer`, without classifier
         spec: dict,  # what `vit` was called with
     ):
-        super().__init__(spec, net.patch_embed.img_size[0], net.embed_dim)
+        super().__init__(spec, image_size(net.patch_embed.img_size, 'size'), net.embed_dim)
         self.net = net
         self.grid = net.patch_embed.grid_size
         self.side = net.patch_embed.patch_size[0]
@@ -146,6 +154,20 @@ class ViT(Encoder):
         for b in self.net.blocks:
             b.attn.fused_attn = not on
         return self
+
+    def grid_of(
+        self,
+        size: int | tuple,  # of images, pixels
+    ) -> tuple:  # (rows, columns)
+        """The patches that an image of this size has.
+
+        Args:
+            size: of images, pixels
+
+        Returns:
+            (rows, columns)
+        """
+        return tuple(n // self.side for n in height_width(size))
 
     def positions(
         self,
@@ -168,33 +190,33 @@ class ViT(Encoder):
 
     def at_size(
         self,
-        size: int,  # image side, pixels
+        size: int | tuple,  # of images, pixels: a side, or (height, width)
     ):
-        """A copy for images of another side, its positions resampled.
+        """A copy for images of another size, its positions resampled.
 
         Args:
-            size: image side, pixels
+            size: of images, pixels: a side, or (height, width)
         """
         new, own = super().at_size(size), self.net.pos_embed
-        new.grid = (size // self.side,) * 2
+        new.grid = self.grid_of(new.size)
         where = self.positions(new.grid).detach().clone()
         new.net.pos_embed = nn.Parameter(where, requires_grad=own.requires_grad)
-        cut = new.net.patch_embed
-        cut.img_size, cut.grid_size, cut.num_patches = (size, size), new.grid, where.shape[1]
+        cut, sides = new.net.patch_embed, height_width(new.size)
+        cut.img_size, cut.grid_size, cut.num_patches = sides, new.grid, where.shape[1]
         return new
 
     def forward(
         self,
-        x: Tensor,  # (B,3,size,size) uint8, or float in [0,1]
+        x: Tensor,  # (B,3,H,W) uint8, or float in [0,1]
         keep: Tensor | None = None,  # (B,k) indices of patches, row-major; None: all
     ) -> Features:
         """
         Args:
-            x: (B,3,size,size) uint8, or float in [0,1]
+            x: (B,3,H,W) uint8, or float in [0,1]
             keep: (B,k) indices of patches, row-major; None: all
         """
         net = self.net
-        grid = (x.shape[-1] // self.side,) * 2
+        grid = self.grid_of(x.shape[2:])
         t = cut_patches(self.normalise(x), self.side)
         where = self.positions(grid)
         if keep is not None:
@@ -209,7 +231,7 @@ class ViT(Encoder):
 # %% ../../nbs/models/01_encoders.ipynb #2a61a1dd
 def vit(
     name: str = 'tiny',  # 'tiny', 'small' or 'base'
-    size: int = 32,  # image side, pixels
+    size: int | tuple = 32,  # of images, pixels: a side, or (height, width)
     patch: int = 2,  # patch side, pixels; must divide `size`
     variant: str = 'aps',  # 'aps' or 'moco_v3': the table above
     width: int | None = None,  # instead of the named width D
@@ -221,7 +243,7 @@ def vit(
 
     Args:
         name: 'tiny', 'small' or 'base'
-        size: image side, pixels
+        size: of images, pixels: a side, or (height, width)
         patch: patch side, pixels; must divide `size`
         variant: 'aps' or 'moco_v3': the table above
         width: instead of the named width D
@@ -229,16 +251,16 @@ def vit(
         heads: instead of the named number of heads
         drop_path: stochastic depth
     """
+    size = image_size(size, 'size')
     spec = dict(kind='vit', name=name, size=size, patch=patch, variant=variant)
     spec |= dict(width=width, depth=depth, heads=heads, drop_path=drop_path)
     require_choice(name, 'name', _vit_sizes)
     require_choice(variant, 'variant', ('aps', 'moco_v3'))
-    image_side(size, 'size')
     require_int(patch, 'patch', least=1)
     for n, value in (('width', width), ('depth', depth), ('heads', heads)):
         require_int(value, n, least=1, optional=True)
     require_number(drop_path, 'drop_path', least=0, most=1)
-    require(size % patch == 0, 'size', f'a multiple of the patch side {patch}', size)
+    require_divided(size, patch)
     w, d, h = _vit_sizes[name]
     if variant == 'moco_v3' and name == 'small':
         h = 12
@@ -253,7 +275,7 @@ register_encoder(
     'vit',
     vit,
     name=partial(require_choice, choices=tuple(_vit_sizes)),
-    size=spec_side,
+    size=spec_size,
     patch=spec_side,
     variant=partial(require_choice, choices=('aps', 'moco_v3')),
     width=partial(require_int, least=1, most=8192, optional=True),
@@ -269,7 +291,7 @@ class ResNet(Encoder):
     Args:
         net: torchvision's `ResNet`, without classifier
         spec: what `resnet` was called with
-        size: image side, pixels
+        size: of images, pixels: a side, or (height, width)
         dim: channels D of the last map
     """
 
@@ -277,59 +299,86 @@ class ResNet(Encoder):
         self,
         net: nn.Module,  # torchvision's `ResNet`, without classifier
         spec: dict,  # what `resnet` was called with
-        size: int,  # image side, pixels
+        size: int | tuple,  # of images, pixels: a side, or (height, width)
         dim: int,  # channels D of the last map
     ):
         super().__init__(spec, size, dim)
         self.net = net
         self.early = spec.get('feature_layer') == 'layer3'  # patches come from the map before
         self.grid = self.grid_of(size)
-        self.patch_dim = dim // 2 if self.early else dim
+        self.patch_dim = self.stage_dims[2 if self.early else 3]
+
+    @property
+    def stage_dims(self) -> tuple:
+        "Channels of the four stages."
+        return tuple(self.dim >> n for n in (3, 2, 1, 0))
+
+    @property
+    def stage_strides(self) -> tuple:
+        "Pixels that a cell of each stage stands for."
+        first = dict(small=1, half=2, imagenet=4)[self.spec['stem']]
+        return tuple(first << n for n in range(4))
 
     def grid_of(
         self,
-        size: int,  # image side, pixels
+        size: int | tuple,  # of images, pixels
     ) -> tuple:  # (rows, columns)
-        """The map that an image of this side ends in.
+        """The map that an image of this size ends in.
 
         Args:
-            size: image side, pixels
+            size: of images, pixels
 
         Returns:
             (rows, columns)
         """
-        strides = dict(small=8, half=16, imagenet=32)
-        return (math.ceil(size / (strides[self.spec['stem']] // (2 if self.early else 1))),) * 2
+        stride = self.stage_strides[2 if self.early else 3]
+        return tuple(math.ceil(n / stride) for n in height_width(size))
 
     def at_size(
         self,
-        size: int,  # image side, pixels
+        size: int | tuple,  # of images, pixels: a side, or (height, width)
     ):
-        """A copy for images of another side; the stem stays.
+        """A copy for images of another size; the stem stays.
 
         Args:
-            size: image side, pixels
+            size: of images, pixels: a side, or (height, width)
         """
         new = super().at_size(size)
-        new.grid = self.grid_of(size)
+        new.grid = self.grid_of(new.size)
         return new
+
+    def stage_maps(
+        self,
+        x: Tensor,  # (B,3,H,W) uint8, or float in [0,1]
+    ) -> list:  # of maps (B,C,h,w), finest first
+        """The maps of the four stages, layer1 to layer4.
+
+        Args:
+            x: (B,3,H,W) uint8, or float in [0,1]
+
+        Returns:
+            of maps (B,C,h,w), finest first
+        """
+        net = self.net
+        m, maps = net.maxpool(net.relu(net.bn1(net.conv1(self.normalise(x))))), []
+        for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+            m = stage(m)
+            maps.append(m)
+        return maps
 
     def forward(
         self,
-        x: Tensor,  # (B,3,size,size) uint8, or float in [0,1]
+        x: Tensor,  # (B,3,H,W) uint8, or float in [0,1]
         keep=None,  # must be None: a convolution sees all patches
     ) -> Features:
         """
         Args:
-            x: (B,3,size,size) uint8, or float in [0,1]
+            x: (B,3,H,W) uint8, or float in [0,1]
             keep: must be None: a convolution sees all patches
         """
         only = 'None: a ResNet sees all patches (use a ViT, or a method that keeps all)'
         require(keep is None, 'keep', only, keep)
-        net = self.net
-        m = net.maxpool(net.relu(net.bn1(net.conv1(self.normalise(x)))))
-        third = net.layer3(net.layer2(net.layer1(m)))
-        last = net.layer4(third)
+        third, last = self.stage_maps(x)[2:]
         m = third if self.early else last
         return Features(last.mean((2, 3)), m.flatten(2).transpose(1, 2), tuple(m.shape[2:]))
 
@@ -375,8 +424,8 @@ def _resnet_net(name, width, zero_init):
 # %% ../../nbs/models/01_encoders.ipynb #ec8918fd
 def resnet(
     name: str = 'resnet18',  # of torchvision: 'resnet18', 'resnet34', 'resnet50', 'resnet101', ...
-    size: int = 32,  # image side, pixels
-    stem: str = 'auto',  # 'small', 'half' or 'imagenet'; 'auto': small up to 64 pixels
+    size: int | tuple = 32,  # of images, pixels: a side, or (height, width)
+    stem: str = 'auto',  # 'small', 'half' or 'imagenet'; 'auto': small where no side exceeds 64
     width: int = 64,  # channels of the first stage
     feature_layer: str = 'layer4',  # the map whose cells are the patches, or 'layer3' before it
     zero_init_residual: bool = False,  # last norm of a block scales by 0 at first (MoCo v3)
@@ -385,19 +434,19 @@ def resnet(
 
     Args:
         name: of torchvision: 'resnet18', 'resnet34', 'resnet50', 'resnet101', ...
-        size: image side, pixels
-        stem: 'small', 'half' or 'imagenet'; 'auto': small up to 64 pixels
+        size: of images, pixels: a side, or (height, width)
+        stem: 'small', 'half' or 'imagenet'; 'auto': small where no side exceeds 64
         width: channels of the first stage
         feature_layer: the map whose cells are the patches, or 'layer3' before it
         zero_init_residual: last norm of a block scales by 0 at first (MoCo v3)
     """
-    image_side(size, 'size')
+    size = image_size(size, 'size')
     require_choice(feature_layer, 'feature_layer', ('layer4', 'layer3'))
     require_choice(stem, 'stem', ('auto', *_stems))
     require_int(width, 'width', least=1)
     require_choice(zero_init_residual, 'zero_init_residual', (True, False))
     if stem == 'auto':
-        stem = 'small' if size <= 64 else 'imagenet'
+        stem = 'small' if max(height_width(size)) <= 64 else 'imagenet'
     net, dim = _resnet_net(name, width, zero_init_residual)
     net.fc = nn.Identity()
     kernel, stride, pool = _stems[stem]
@@ -416,7 +465,7 @@ register_encoder(
     'resnet',
     resnet,
     name=_require_resnet,
-    size=spec_side,
+    size=spec_size,
     stem=partial(require_choice, choices=('auto', *_stems)),
     width=partial(require_int, least=1, most=2048),
     feature_layer=partial(require_choice, choices=('layer4', 'layer3')),

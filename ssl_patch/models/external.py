@@ -8,30 +8,31 @@ __all__ = ['ExternalEncoder', 'read_timm', 'read_torchvision', 'remove_classifie
 
 # %% ../../nbs/models/05_external.ipynb #21a9eca3
 import copy
-import math
 import sys
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..ground.checks import require
+from ..ground.checks import height_width, image_size, require, size_words
 from ssl_patch.models.interface import (
     Encoder,
     Features,
     ImageOnly,
-    image_side,
     precision_of,
     register_encoder,
     require_stats,
     spec_side,
+    spec_size,
 )
+from .stages import conv_stages
 from ssl_patch.models.weights import (
     Found,
     find_weights,
     first_line,
     flatten_state,
     from_timm_state,
+    resampled_positions,
 )
 
 # %% ../../nbs/models/05_external.ipynb #1066a6de
@@ -42,8 +43,8 @@ class ExternalEncoder(Encoder):
         net: without classifier
         read: function (net, normalised x) -> (image (B,D), (patches (B,M,D'), grid) or why not)
         spec: kind, name, size, ...: plain data that `build_encoder` builds it from
-        size: image side, pixels
-        resize: side to which the published protocol resizes before it cuts `size`
+        size: of images, pixels: a side, or (height, width)
+        resize: short side to which the published protocol resizes before it cuts `size`
         head: names of the classifier that was taken off: a checkpoint may have them
     """
 
@@ -54,8 +55,8 @@ class ExternalEncoder(Encoder):
         net: nn.Module,  # without classifier
         read,  # function (net, normalised x) -> (image (B,D), (patches (B,M,D'), grid) or why not)
         spec: dict,  # kind, name, size, ...: plain data that `build_encoder` builds it from
-        size: int,  # image side, pixels
-        resize: int,  # side to which the published protocol resizes before it cuts `size`
+        size: int | tuple,  # of images, pixels: a side, or (height, width)
+        resize: int,  # short side to which the published protocol resizes before it cuts `size`
         head: tuple = (),  # names of the classifier that was taken off: a checkpoint may have them
     ):
         super().__init__(spec, size, 0)
@@ -63,7 +64,7 @@ class ExternalEncoder(Encoder):
         self.read = read
         self.resize = resize
         self.head = tuple(head)
-        self.card = {}
+        self.card, self.stages = {}, None
         image, patches = self.eval().attempt(size)
         require(image.ndim == 2, self.label, 'a network with one vector per image', image)
         self.dim = image.shape[1]
@@ -78,36 +79,38 @@ class ExternalEncoder(Encoder):
 
     def attempt(
         self,
-        n: int,  # image side, pixels
+        size: int | tuple,  # of images, pixels
+        read=None,  # function (net, normalised x); None: the encoder's own
     ):
         """What the network says of black images. `ValueError` if it says nothing.
 
         Args:
-            n: image side, pixels
+            size: of images, pixels
+            read: function (net, normalised x); None: the encoder's own
         """
-        modes = [(m, m.training) for m in self.modules()]
-        x = torch.zeros(self.tried_on, 3, n, n, dtype=precision_of(self), device=self.mean.device)
+        modes, shape = [(m, m.training) for m in self.modules()], height_width(size)
+        like = dict(dtype=precision_of(self), device=self.mean.device)
+        x = torch.zeros(self.tried_on, 3, *shape, **like)
         try:
             with torch.no_grad():
-                return self.eval().read(self.net, x)
+                return (read or self.eval().read)(self.net, x)
         except Exception as e:
-            why = f'{self.label} cannot run on images of {n} pixels: {first_line(e)}'
-            raise ValueError(why) from e
+            of = f'{self.label} cannot run on images of {size_words(size)} pixels'
+            raise ValueError(f'{of}: {first_line(e)}') from e
         finally:
             for m, mode in modes:
                 m.training = mode
 
     def accept(
         self,
-        *sizes: int,  # image sides, pixels
+        *sizes: int | tuple,  # of images, pixels: sides, or (height, width)
     ):
-        """Take square images of these sides too. `ValueError` where the network cannot run.
+        """Take images of these sizes too. `ValueError` where the network cannot run.
 
         Args:
-            *sizes: image sides, pixels
+            *sizes: of images, pixels: sides, or (height, width)
         """
-        for n in sizes:
-            image_side(n, 'size')
+        for n in [image_size(n, 'size') for n in sizes]:
             if n not in self.sizes:
                 self.attempt(n)
                 self.sizes.add(n)
@@ -115,20 +118,20 @@ class ExternalEncoder(Encoder):
 
     def at_size(
         self,
-        size: int,  # image side, pixels
+        size: int | tuple,  # of images, pixels: a side, or (height, width)
     ):
-        """A copy for images of another side; where the network itself does not run on them, its
+        """A copy for images of another size; where the network itself does not run on them, its
         library builds it anew and resamples its positions. `ValueError` where neither goes.
 
         Args:
-            size: image side, pixels
+            size: of images, pixels: a side, or (height, width)
         """
-        image_side(size, 'size')
+        size = image_size(size, 'size')
         try:
             new = super().at_size(size)
         except ValueError:
             new = self.built_for(size)
-        new.resize = self.resize * size // self.size
+        new.resize = self.resize * min(height_width(size)) // min(height_width(self.size))
         if 'resize' in new.spec:
             new.spec['resize'] = new.resize
         patches = new.attempt(size)[1]
@@ -137,16 +140,19 @@ class ExternalEncoder(Encoder):
 
     def built_for(
         self,
-        size: int,  # image side, pixels
+        size: int | tuple,  # of images, pixels
     ):
-        """The network as its library builds it for this side, with the weights of this one.
+        """The network as its library builds it for this size, with the weights of this one.
 
         Args:
-            size: image side, pixels
+            size: of images, pixels
         """
         with torch.random.fork_rng(devices=[]):
             new = self.rebuilt(size=size)
-        fill_encoder(new, self.net.state_dict())
+        state = self.net.state_dict()
+        if isinstance(self.size, tuple) or isinstance(size, tuple):  # libraries resample squares
+            state = resampled_positions(state, new.net, self.grid, new.grid)
+        fill_encoder(new, state)
         new.set_stats(self.mean.cpu(), self.std.cpu()).to(self.mean).train(self.training)
         for name in ('tower', 'trained_on', 'card'):
             setattr(new, name, copy.deepcopy(getattr(self, name)))
@@ -154,12 +160,12 @@ class ExternalEncoder(Encoder):
 
     def forward(
         self,
-        x: Tensor,  # (B,3,size,size) uint8, or float in [0,1]
+        x: Tensor,  # (B,3,H,W) uint8, or float in [0,1]
         keep=None,  # must be None: these networks see all patches
     ) -> Features:
         """
         Args:
-            x: (B,3,size,size) uint8, or float in [0,1]
+            x: (B,3,H,W) uint8, or float in [0,1]
             keep: must be None: these networks see all patches
         """
         only = f'None: {self.label} cannot run on a subset of its patches (vit(...) can)'
@@ -169,23 +175,66 @@ class ExternalEncoder(Encoder):
             return ImageOnly(image, f'{self.label} has no patches: {patches}')
         return Features(image, *patches)
 
+    def read_stages(self, net, x):
+        "Maps of several stages of a convolutional network, in its order; of tokens one map."
+        found = conv_stages(net, x, lambda: self.read(net, x))
+        if not found:
+            patches = self.read(net, x)[1]
+            require(not isinstance(patches, str), self.label, 'a network with maps', patches)
+            found = [patches[0].transpose(1, 2).unflatten(2, patches[1])]
+        return found
+
+    def stage_maps(
+        self,
+        x: Tensor,  # (B,3,H,W) uint8, or float in [0,1]
+    ) -> list:  # of maps (B,C,h,w), finest first
+        """The last map of every side that there is on the way through a convolutional network; of
+        tokens one map, as in `Features`. `ValueError` for a network without any.
+
+        Args:
+            x: (B,3,H,W) uint8, or float in [0,1]
+
+        Returns:
+            of maps (B,C,h,w), finest first
+        """
+        return self.read_stages(self.net, self.normalise(x))
+
+    def tried_stages(self):
+        "Channels and strides of the maps, found by trying once."
+        if self.stages is None:
+            maps, height = self.attempt(self.size, self.read_stages), height_width(self.size)[0]
+            self.stages = tuple((m.shape[1], max(1, round(height / m.shape[2]))) for m in maps)
+        return self.stages
+
+    @property
+    def stage_dims(self) -> tuple:
+        "Channels of each map of `stage_maps`."
+        return tuple(dim for dim, _ in self.tried_stages())
+
+    @property
+    def stage_strides(self) -> tuple:
+        "Pixels that a cell of each map of `stage_maps` stands for."
+        return tuple(stride for _, stride in self.tried_stages())
+
 # %% ../../nbs/models/05_external.ipynb #2fc3f1e1
 def _of_map(m):  # (B,D,rows,columns)
     "Cells of a map as patches, row-major, and their grid."
     return m.flatten(2).transpose(1, 2), tuple(m.shape[2:])
 
 
-def _of_tokens(t):  # (B,M,D)
-    "Tokens as patches and their square grid, or why there is none."
-    n = math.isqrt(t.shape[1])
+def _of_tokens(t, x):  # (B,M,D), of images (B,3,H,W)
+    "Tokens as patches and their grid, of the shape of the images, or why there is none."
+    n, (H, W) = t.shape[1], x.shape[2:]
     if not n:
         return 'nothing but the class token is left at its end'
-    if n * n != t.shape[1]:
-        return f'{t.shape[1]} tokens besides the class token form no square grid'
-    return t, (n, n)
+    rows = round((n * H / W) ** 0.5)
+    if rows**2 * W != n * H:
+        shape = 'square' if H == W else f'{H} x {W}'
+        return f'{n} tokens besides the class token form no {shape} grid'
+    return t, (rows, n // rows)
 
 
-def _timm_patches(net, f):
+def _timm_patches(net, f, x):
     "Patches and grid in what `forward_features` gave, or a str: why not."
     if not isinstance(f, Tensor):
         return f'its features are a {type(f).__name__}, not one map'
@@ -198,25 +247,25 @@ def _timm_patches(net, f):
         prefix = getattr(net, 'num_prefix_tokens', None)
         if prefix is None:  # older families do not say
             prefix = int(getattr(net, 'global_pool', '') == 'token')
-        return _of_tokens(f[:, prefix:])
+        return _of_tokens(f[:, prefix:], x)
     return f'its features of shape {shape} are neither a map nor tokens of width {width}'
 
 
 def read_timm(
     net: nn.Module,  # of timm, with `num_classes=0`
-    x: Tensor,  # (B,3,size,size) normalised
+    x: Tensor,  # (B,3,H,W) normalised
 ) -> tuple:  # image (B,D); (patches (B,M,D'), grid), or a str: why there are none
     """Image vector and patches of a timm network.
 
     Args:
         net: of timm, with `num_classes=0`
-        x: (B,3,size,size) normalised
+        x: (B,3,H,W) normalised
 
     Returns:
         image (B,D); (patches (B,M,D'), grid), or a str: why there are none
     """
     f = net.forward_features(x)
-    return net.forward_head(f, pre_logits=True), _timm_patches(net, f)
+    return net.forward_head(f, pre_logits=True), _timm_patches(net, f, x)
 
 # %% ../../nbs/models/05_external.ipynb #34fe9b02
 class _Averages(TorchFunctionMode):
@@ -232,25 +281,24 @@ class _Averages(TorchFunctionMode):
 
 def read_torchvision(
     net: nn.Module,  # of torchvision, without its last linear layer
-    x: Tensor,  # (B,3,size,size) normalised
+    x: Tensor,  # (B,3,H,W) normalised
 ) -> tuple:  # image (B,D); (patches (B,M,D'), grid), or a str: why there are none
     """Image vector and patches of a torchvision classification network.
 
     Args:
         net: of torchvision, without its last linear layer
-        x: (B,3,size,size) normalised
+        x: (B,3,H,W) normalised
 
     Returns:
         image (B,D); (patches (B,M,D'), grid), or a str: why there are none
     """
-    if hasattr(net, 'class_token'):  # a ViT: the tokens that its encoder gives, without the first
-        seen = []
-        hook = net.encoder.register_forward_hook(lambda module, inputs, out: seen.append(out))
-        try:
-            image = net(x)
-        finally:
-            hook.remove()
-        return image, _of_tokens(seen[0][:, 1:])
+    if hasattr(net, 'class_token'):  # a ViT, as it computes itself, but of squares alone
+        sides = height_width(net.image_size)
+        require(x.shape[2:] == sides, 'x', f'images of {sides[0]} x {sides[1]} pixels', x)
+        tokens = net.conv_proj(x).flatten(2).transpose(1, 2)
+        first = net.class_token.expand(len(x), -1, -1)
+        tokens = net.encoder(torch.cat([first, tokens], 1))
+        return net.heads(tokens[:, 0]), _of_tokens(tokens[:, 1:], x)
     with _Averages() as averages:
         image = net(x)
     if averages.seen is None:
@@ -280,13 +328,13 @@ def remove_classifier(
 # %% ../../nbs/models/05_external.ipynb #b812d222
 def read_own(
     net: nn.Module,  # maps images to vectors, to a map, or to `Features`
-    x: Tensor,  # (B,3,size,size) normalised
+    x: Tensor,  # (B,3,H,W) normalised
 ) -> tuple:  # image (B,D); (patches (B,M,D'), grid), or a str: why there are none
     """Image vector and patches of a network of one's own. `ValueError` for anything else it gives.
 
     Args:
         net: maps images to vectors, to a map, or to `Features`
-        x: (B,3,size,size) normalised
+        x: (B,3,H,W) normalised
 
     Returns:
         image (B,D); (patches (B,M,D'), grid), or a str: why there are none
@@ -344,8 +392,8 @@ class OwnEncoder(ExternalEncoder):
 
 
 def wrap(
-    net: nn.Module,  # maps (B,3,size,size) to vectors (B,D), a map (B,C,r,c) or `Features`
-    size: int | None = None,  # image side, pixels; None: `net.size`
+    net: nn.Module,  # maps (B,3,H,W) to vectors (B,D), a map (B,C,r,c) or `Features`
+    size: int | tuple | None = None,  # of images: a side, or (height, width); None: `net.size`
     stats: tuple | None = None,  # (mean, std) of [0,1] pixels that it wants; None: [0,1] as it is
     resize: int | None = None,  # side before the cut of `size`, for photographs; None: `size`
 ) -> OwnEncoder:  # in eval mode, with `net` itself inside
@@ -353,8 +401,8 @@ def wrap(
     widths are found by trying it. `ValueError` for what cannot be one.
 
     Args:
-        net: maps (B,3,size,size) to vectors (B,D), a map (B,C,r,c) or `Features`
-        size: image side, pixels; None: `net.size`
+        net: maps (B,3,H,W) to vectors (B,D), a map (B,C,r,c) or `Features`
+        size: of images: a side, or (height, width); None: `net.size`
         stats: (mean, std) of [0,1] pixels that it wants; None: [0,1] as it is
         resize: side before the cut of `size`, for photographs; None: `size`
 
@@ -365,11 +413,11 @@ def wrap(
     what = 'a network, built: a torch nn.Module that is not an encoder yet'
     require(is_net, 'net', what, net if isinstance(net, type) else type(net))
     size = getattr(net, 'size', None) if size is None else size
-    image_side(size, 'size')
+    size = image_size(size, 'size')
     require_stats(stats)
     spec = dict(kind='own', name=type(net).__name__, size=size)
     spec |= dict(resize=resize) if resize else {}
-    encoder = OwnEncoder(net, read_own, spec, size, resize or size)
+    encoder = OwnEncoder(net, read_own, spec, size, resize or min(height_width(size)))
     first = next((t.device for t in [*net.parameters(), *net.buffers()]), 'cpu')
     return encoder.to(first).set_stats(*stats or ((0.0,) * 3, (1.0,) * 3))
 
@@ -384,7 +432,7 @@ def _require_word(value, name):
     require(fine, name, 'a name', value)
 
 
-register_encoder('own', _own_from_spec, name=_require_word, size=spec_side, resize=spec_side)
+register_encoder('own', _own_from_spec, name=_require_word, size=spec_size, resize=spec_side)
 
 # %% ../../nbs/models/05_external.ipynb #bdd2bfdd
 def _library_reader(encoder):
@@ -399,6 +447,9 @@ def _library_reader(encoder):
         return read and (lambda part: read(part, net))
     if not hasattr(net, 'class_token'):
         return None
+    if isinstance(encoder.size, tuple):  # from a square grid, one more than its patches
+        side = lambda part: round((part['encoder.pos_embedding'].shape[1] - 1) ** 0.5)
+        return lambda part: resampled_positions(part, net, (side(part),) * 2, encoder.grid)
     from torchvision.models.vision_transformer import interpolate_embeddings
 
     return lambda part: interpolate_embeddings(encoder.size, net.patch_size, part)

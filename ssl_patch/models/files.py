@@ -7,14 +7,13 @@ __all__ = ['save_encoder', 'current_spec', 'current_card', 'load_encoder', 'open
 
 # %% ../../nbs/models/07_files.ipynb #a3f0dbc3
 import json
-import re
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..ground.checks import require, shown
+from ..ground.checks import height_width, image_size, require, require_int, shown
+from ..ground.checks import size_words
 from . import encoders  # noqa: F401 (makes its kinds known)
 from .external import fill_encoder, wrap
 from ssl_patch.models.interface import (
@@ -22,12 +21,11 @@ from ssl_patch.models.interface import (
     build_encoder,
     check_spec,
     encoder_kinds,
-    image_side,
     require_stats,
     spec_of,
 )
 from .libraries import library_name
-from .weights import first_line, read_weights, weight_suffixes
+from .weights import doubt_heads, first_line, read_weights, weight_suffixes
 
 # %% ../../nbs/models/07_files.ipynb #431ba60f
 def save_encoder(
@@ -161,22 +159,28 @@ def load_encoder(
     return encoder.eval()
 
 # %% ../../nbs/models/07_files.ipynb #ab8e4b87
+def _size_of(module):
+    "The size that a module says it takes, or None."
+    size = getattr(module, 'size', None)
+    return image_size(size, 'size') if isinstance(size, int | tuple) else None
+
+
 def _checked(module, size):
     "The module, if it takes a black image of its `.size` and gives Features or vectors."
-    kind, n = type(module), getattr(module, 'size', None)
+    kind, n = type(module), _size_of(module)
     words = 'an encoder with its input size in pixels as `.size` (or size=: wrap(net, size=...))'
-    require(isinstance(n, int), 'what', words, kind)
-    require(
-        size in (None, n), 'size', f'{n} or None: this encoder takes images of {n} pixels', size
-    )
+    require(n is not None, 'what', words, kind)
+    words_of = f'{n} or None: this encoder takes images of {size_words(n)} pixels'
+    require(size in (None, n), 'size', words_of, size)
+    height, width = height_width(n)
     modes = [(m, m.training) for m in module.modules()]
     here = next((t.device for t in [*module.parameters(), *module.buffers()]), 'cpu')
     try:
         with torch.no_grad():
-            out = module.eval()(torch.zeros(1, 3, n, n, device=here))
+            out = module.eval()(torch.zeros(1, 3, height, width, device=here))
     except Exception as e:
-        why = f'{kind.__name__} cannot run on a float image (1,3,{n},{n}): {first_line(e)}'
-        raise ValueError(why) from e
+        of = f'{kind.__name__} cannot run on a float image (1,3,{height},{width})'
+        raise ValueError(f'{of}: {first_line(e)}') from e
     finally:
         for m, mode in modes:
             m.training = mode
@@ -205,7 +209,8 @@ def _sized(encoder, size, path):
     try:
         return encoder.at_size(size)
     except ValueError as e:
-        raise ValueError(f'{path.name} was trained on {encoder.size} pixels; {e}') from e
+        of = f'{path.name} was trained on {size_words(encoder.size)} pixels'
+        raise ValueError(f'{of}; {e}') from e
 
 
 def _ours(path, tower, size):
@@ -229,7 +234,7 @@ def _library_network(name, arch_args, size, resize, seed):
     "A network of a library that is to be filled from a file, which says no statistics."
     kind, name = library_name(name)
     encoder = _seeded(seed, lambda: encoder_kinds[kind](name, size, resize, **arch_args))
-    usual = encoder.size * 8 // 7  # 256 for 224
+    usual = min(height_width(encoder.size)) * 8 // 7  # 256 for 224
     if not resize and encoder.resize != usual:
         encoder.resize = encoder.spec['resize'] = usual
     return encoder.set_stats(*_imagenet)
@@ -242,9 +247,9 @@ def _our_network(arch, arch_args, size, resize, seed):
     given = arch_args or resize and not is_own
     require(not given, 'arch_args and resize', words, (arch_args, resize))
     if is_own:
-        has = size or getattr(arch, 'size', None)
+        has = size or _size_of(arch)
         words = "an encoder of ours, 'timm/NAME', 'torchvision/NAME', or your network with size=..."
-        require(isinstance(has, int), 'arch', words, type(arch))
+        require(has is not None, 'arch', words, type(arch))
         return wrap(arch, has, resize=resize)
     if isinstance(arch, dict):
         return _seeded(seed, lambda: build_encoder(current_spec(arch)))
@@ -305,27 +310,13 @@ def _filled(path, arch, arch_args, size, resize, tower, seed):
     except Exception as e:
         why = str(e) if isinstance(e, ValueError) else first_line(e)
         raise ValueError(f'{path.name}: {why}') from e
-    _doubt_heads(encoder, found.prefix)
+    doubt_heads(encoder, found.prefix)
     encoder.tower = card.get('tower') or found.tower
     encoder.trained_on = prints
     encoder.card = card | dict(file=path.name, prefix=found.prefix, tower=encoder.tower)
     if found.resampled:
         encoder.card['resampled'] = found.resampled
     return _sized(encoder.eval(), size or _own_spec(spec, path).get('size'), path)
-
-
-def _doubt_heads(encoder, prefix):
-    "Warn where a ViT-Small of MoCo v3, which has 12 heads, seems to be read with 6."
-    attentions = (m for m in encoder.modules() if hasattr(m, 'num_heads') and hasattr(m, 'qkv'))
-    attention = next(attentions, None)
-    if attention is None or not re.search(r'(base|momentum)_encoder\.$', prefix):
-        return
-    if (attention.qkv.in_features, attention.num_heads) == (384, 6):
-        warnings.warn(
-            "this looks like MoCo v3's ViT-Small, which has 12 heads; the network was built with "
-            '6, and nothing in the weights tells. arch_args=dict(num_heads=12)',
-            stacklevel=4,
-        )
 
 # %% ../../nbs/models/07_files.ipynb #b31d284a
 def _is_path(text):
@@ -376,35 +367,35 @@ def _open_path(path, arch, arch_args, size, resize, tower, seed):
 # %% ../../nbs/models/07_files.ipynb #b69ff75b
 def open_encoder(
     what,  # name, path or module: the table above
-    size: int | None = None,  # image side, pixels; None: the published one
+    size: int | tuple | None = None,  # a side, or (height, width), pixels; None: the published one
     # of a foreign file: 'torchvision/NAME', 'timm/NAME', an encoder or network (filled), a spec
     arch=None,
     arch_args: dict | None = None,  # more arguments of a library's network: dict(num_heads=12)
     pretrained: bool = True,  # published weights of a name, or random ones
     tower: str = 'online',  # of a file: 'online', 'momentum', or the prefix of its names
     stats: tuple | None = None,  # (mean, std) of [0,1] pixels; None: those that came with it
-    resize: int | None = None,  # side before the cut of `size`; None: the published one
+    resize: int | None = None,  # short side before the cut of `size`; None: the published one
     seed: int = 0,  # of random weights
 ) -> nn.Module:  # in eval mode; `.card` says what was opened, `.tower` which tower
     """An encoder from anywhere. `ValueError` for what does not fit, `FileNotFoundError` for files.
 
     Args:
         what: name, path or module: the table above
-        size: image side, pixels; None: the published one
+        size: a side, or (height, width), pixels; None: the published one
         arch: of a foreign file: 'torchvision/NAME', 'timm/NAME', an encoder or network (filled), a
             spec
         arch_args: more arguments of a library's network: dict(num_heads=12)
         pretrained: published weights of a name, or random ones
         tower: of a file: 'online', 'momentum', or the prefix of its names
         stats: (mean, std) of [0,1] pixels; None: those that came with it
-        resize: side before the cut of `size`; None: the published one
+        resize: short side before the cut of `size`; None: the published one
         seed: of random weights
 
     Returns:
         in eval mode; `.card` says what was opened, `.tower` which tower
     """
-    image_side(size, 'size', optional=True)
-    image_side(resize, 'resize', optional=True)
+    size = image_size(size, 'size', optional=True)
+    require_int(resize, 'resize', least=1, optional=True)
     require(isinstance(arch_args, dict | None), 'arch_args', 'a dict, or None', arch_args)
     require_stats(stats)
     is_module, is_name = isinstance(what, nn.Module), isinstance(what, str)
@@ -417,7 +408,7 @@ def open_encoder(
         return encoder.set_stats(*stats) if stats else encoder
     require(arch is None, 'arch', 'None: it is for files of weights', arch)
     require(tower == 'online', 'tower', "'online': others are for files of weights", tower)
-    if is_module and size and not isinstance(getattr(what, 'size', None), int):
+    if is_module and size and _size_of(what) is None:
         require(not arch_args, 'arch_args', 'None: they are for networks of libraries', arch_args)
         return wrap(what, size, stats, resize)
     if is_module:

@@ -10,10 +10,26 @@ import difflib
 import warnings
 from functools import partial
 
-from ..ground.checks import require, require_choice, require_int, require_number
+import torch
+from torch import nn
+
+from ssl_patch.ground.checks import (
+    height_width,
+    image_size,
+    require,
+    require_choice,
+    require_int,
+    require_number,
+)
 from .external import ExternalEncoder, fill_encoder
 from .external import read_timm, read_torchvision, remove_classifier
-from .interface import image_side, register_encoder, spec_side
+from ssl_patch.models.interface import (
+    image_side,
+    register_encoder,
+    require_divided,
+    spec_side,
+    spec_size,
+)
 from .weights import first_line
 
 # %% ../../nbs/models/06_libraries.ipynb #ac9f9199
@@ -111,10 +127,10 @@ def _made(label, build):
         raise ValueError(f'{label} cannot be built: {first_line(e)}') from e
 
 
-def _require_sides(size, resize):
-    "`ValueError` unless both are whole numbers, or None."
-    image_side(size, 'size', optional=True)
+def _checked_size(size, resize):
+    "The size as it is written here. `ValueError` unless both are sides, or None."
     image_side(resize, 'resize', optional=True)
+    return image_size(size, 'size', optional=True)
 
 
 # arguments of `create_model` that say where weights come from: no part of an architecture
@@ -132,8 +148,8 @@ _of_weights = (
 
 def from_timm(
     name: str,  # with or without a tag: 'vit_small_patch16_224', 'resnet50.a1_in1k'
-    size: int | None = None,  # image side, pixels; None: the published one
-    resize: int | None = None,  # side before the cut; None: the published one, in proportion
+    size: int | tuple | None = None,  # a side, or (height, width), pixels; None: the published one
+    resize: int | None = None,  # short side before the cut; None: the published one, in proportion
     pretrained: bool = False,  # the published weights, or random ones
     **args,  # of timm's `create_model`: num_heads=12, img_size=..., drop_path_rate=...
 ) -> ExternalEncoder:  # in eval mode
@@ -141,8 +157,8 @@ def from_timm(
 
     Args:
         name: with or without a tag: 'vit_small_patch16_224', 'resnet50.a1_in1k'
-        size: image side, pixels; None: the published one
-        resize: side before the cut; None: the published one, in proportion
+        size: a side, or (height, width), pixels; None: the published one
+        resize: short side before the cut; None: the published one, in proportion
         pretrained: the published weights, or random ones
         **args: of timm's `create_model`: num_heads=12, img_size=..., drop_path_rate=...
 
@@ -150,7 +166,7 @@ def from_timm(
         in eval mode
     """
     _require_network('timm', name)
-    _require_sides(size, resize)
+    size = _checked_size(size, resize)
     timm, label = _timm(), f'timm/{name}'
     cfg = timm.models.get_pretrained_cfg(name)
     if pretrained and not cfg.has_weights:
@@ -162,15 +178,13 @@ def from_timm(
     net = _made(label, lambda: timm.create_model(name, **options, **args))
     cut = getattr(net, 'patch_embed', None)
     if isinstance(cut, timm.layers.PatchEmbed):
-        side = cut.patch_size[0]
-        words = f'a multiple of the patches of {side} pixels of {label}'
-        require(size % side == 0, 'size', words, size)
+        require_divided(size, cut.patch_size[0], f'size of {label}')
     if pretrained and cfg.tag:
         name = f'{cfg.architecture}.{cfg.tag}'
     own = {k: v for k, v in args.items() if k not in _of_weights}
     spec = dict(kind='timm', name=name, size=size) | (dict(resize=resize) if resize else {}) | own
     head = [cfg.classifier] if isinstance(cfg.classifier, str) else cfg.classifier or ()
-    resize = resize or int(size / cfg.crop_pct)
+    resize = resize or int(min(height_width(size)) / cfg.crop_pct)
     encoder = ExternalEncoder(net, read_timm, spec, size, resize, head)
     return encoder.set_stats(cfg.mean, cfg.std)
 
@@ -183,7 +197,7 @@ register_encoder(
     'timm',
     from_timm,
     name=lambda value, name: _require_network('timm', value),
-    size=spec_side,
+    size=spec_size,
     resize=spec_side,
     patch_size=partial(require_int, least=1, most=256),
     embed_dim=_width,
@@ -198,10 +212,19 @@ register_encoder(
 )
 
 # %% ../../nbs/models/06_libraries.ipynb #2cb43cfa
+def _fit_positions(net, size, label):
+    "Random positions for a rectangle, as torchvision's ViT draws them for a square; in place."
+    require_divided(size, net.patch_size, f'size of {label}')
+    rows, cols = (n // net.patch_size for n in size)
+    where = torch.empty(1, rows * cols + 1, net.hidden_dim).normal_(std=0.02)
+    net.encoder.pos_embedding = nn.Parameter(where)
+    net.image_size, net.seq_length = size, rows * cols + 1
+
+
 def from_torchvision(
     name: str,  # with or without its weights: 'resnet50', 'resnet50.IMAGENET1K_V1'
-    size: int | None = None,  # image side, pixels; None: the published one
-    resize: int | None = None,  # side before the cut; None: the published one, in proportion
+    size: int | tuple | None = None,  # a side, or (height, width), pixels; None: the published one
+    resize: int | None = None,  # short side before the cut; None: the published one, in proportion
     pretrained: bool = False,  # the published weights (the default ones unless named), or random
     **args,  # of torchvision's builder
 ) -> ExternalEncoder:  # in eval mode
@@ -209,8 +232,8 @@ def from_torchvision(
 
     Args:
         name: with or without its weights: 'resnet50', 'resnet50.IMAGENET1K_V1'
-        size: image side, pixels; None: the published one
-        resize: side before the cut; None: the published one, in proportion
+        size: a side, or (height, width), pixels; None: the published one
+        resize: short side before the cut; None: the published one, in proportion
         pretrained: the published weights (the default ones unless named), or random
         **args: of torchvision's builder
 
@@ -220,7 +243,7 @@ def from_torchvision(
     from torchvision.models import get_model, get_model_weights
 
     _require_network('torchvision', name)
-    _require_sides(size, resize)
+    size = _checked_size(size, resize)
     base, _, tag = name.partition('.')
     published = get_model_weights(base)[tag] if tag else get_model_weights(base).DEFAULT
     preset, label = published.transforms(), f'torchvision/{name}'
@@ -230,13 +253,15 @@ def from_torchvision(
     # the positions of a ViT are resampled before they are loaded
     apart = pretrained and is_vit and size != native
     options = dict(weights=published if pretrained and not apart else None)
-    options |= dict(image_size=size) if is_vit else {}
+    options |= dict(image_size=size if isinstance(size, int) else native) if is_vit else {}
     net = _made(label, lambda: get_model(base, **options, **args))
+    if is_vit and isinstance(size, tuple):
+        _fit_positions(net, size, label)
     head = remove_classifier(net, label)
     full = f'{base}.{published.name}' if pretrained else name
     spec = dict(kind='torchvision', name=full, size=size)
     spec |= (dict(resize=resize) if resize else {}) | args
-    resize = resize or size * preset.resize_size[0] // native
+    resize = resize or min(height_width(size)) * preset.resize_size[0] // native
     encoder = ExternalEncoder(net, read_torchvision, spec, size, resize, [head])
     encoder.set_stats(preset.mean, preset.std)
     if apart:
@@ -249,7 +274,7 @@ register_encoder(
     'torchvision',
     from_torchvision,
     name=lambda value, name: _require_network('torchvision', value),
-    size=spec_side,
+    size=spec_size,
     resize=spec_side,
     width_mult=partial(require_number, above=0, most=16),
     groups=partial(require_int, least=1, most=256),

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['weight_suffixes', 'flatten_state', 'tower_of', 'Found', 'find_weights', 'from_timm_state', 'to_timm_state',
-           'first_line', 'read_weights']
+           'resampled_positions', 'doubt_heads', 'first_line', 'read_weights']
 
 # %% ../../nbs/models/04_weights.ipynb #b4cc009b
 import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -290,6 +291,52 @@ def to_timm_state(
     state = {n: v.detach().clone() for n, v in encoder.net.state_dict().items()}
     where = state['pos_embed']
     return state | dict(pos_embed=torch.cat([torch.zeros_like(where[:, :1]), where], 1))
+
+
+def resampled_positions(
+    state: dict,  # of a network of tokens, by its names
+    net: nn.Module,  # the same for another grid
+    old: tuple,  # (rows, columns) of the state
+    new: tuple,  # (rows, columns) of `net`
+) -> dict:
+    """The same state with its position embeddings resampled (bicubic), whatever its grids are.
+
+    Args:
+        state: of a network of tokens, by its names
+        net: the same for another grid
+        old: (rows, columns) of the state
+        new: (rows, columns) of `net`
+    """
+    from timm.layers import resample_abs_pos_embed
+
+    want, changed = net.state_dict(), {}
+    for name, v in state.items():
+        if 'pos_embed' in name and name in want and v.ndim == 3:
+            prefix = v.shape[1] - old[0] * old[1]
+            changed[name] = resample_abs_pos_embed(v, list(new), list(old), prefix)
+    return state | changed
+
+
+def doubt_heads(
+    encoder: nn.Module,  # a network that was filled
+    prefix: str,  # of its weights in the file
+):
+    """Warn where a ViT-Small of MoCo v3, which has 12 heads, seems to be read with 6.
+
+    Args:
+        encoder: a network that was filled
+        prefix: of its weights in the file
+    """
+    attentions = (m for m in encoder.modules() if hasattr(m, 'num_heads') and hasattr(m, 'qkv'))
+    attention = next(attentions, None)
+    if attention is None or not re.search(r'(base|momentum)_encoder\.$', prefix):
+        return
+    if (attention.qkv.in_features, attention.num_heads) == (384, 6):
+        warnings.warn(
+            "this looks like MoCo v3's ViT-Small, which has 12 heads; the network was built with "
+            '6, and nothing in the weights tells. arch_args=dict(num_heads=12)',
+            stacklevel=4,
+        )
 
 # %% ../../nbs/models/04_weights.ipynb #b308e509
 weight_suffixes = ('.pt', '.pth', '.tar', '.ckpt', '.safetensors', '.bin')  # of files of weights

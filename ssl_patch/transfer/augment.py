@@ -17,21 +17,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.images import Images, resize_center_crop
-from ..ground.checks import require, require_int
+from ..ground.checks import height_width, require, require_int
 from .recipes import FinetuneConfig
 from ..views.loader import generator_for, seed_for
 
 # %% ../../nbs/transfer/03_augment.ipynb #44041532
 def finetune_augmentation(
     config: FinetuneConfig,  # crop and rand_augment
-    size: int,  # pixels
+    size: int | tuple,  # pixels: a side, or (height, width)
     mean: Tensor,  # (3,) of [0,1] pixels: the colour of what a turned image leaves bare
-):  # function: uint8 (3,H,W) -> uint8 (3,size,size)
+):  # function: uint8 (3,H,W) -> uint8 (3,height,width)
     """The changes of a config that are made image by image.
 
     Args:
         config: crop and rand_augment
-        size: pixels
+        size: pixels: a side, or (height, width)
         mean: (3,) of [0,1] pixels: the colour of what a turned image leaves bare
     """
     from timm.data.auto_augment import rand_augment_transform
@@ -46,7 +46,9 @@ def finetune_augmentation(
         steps.append(v2.RandomHorizontalFlip())
     if config.rand_augment:
         fill = tuple((255 * mean.cpu()).round().int().tolist())
-        how = dict(translate_const=int(0.45 * size), img_mean=fill, interpolation=3)  # bicubic
+        how = dict(
+            translate_const=int(0.45 * min(height_width(size))), img_mean=fill, interpolation=3
+        )  # bicubic
         changes = rand_augment_transform(config.rand_augment, how)
         for op in changes.ops:
             if op.name.startswith('Posterize'):

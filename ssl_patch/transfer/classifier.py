@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..evaluation.features import architecture, select_layer
-from ..ground.checks import require, require_int
+from ..ground.checks import image_size, require
 from ..models.interface import build_encoder
 from .recipes import FinetuneConfig
 from ..views.loader import generator_for
@@ -40,8 +40,8 @@ class Classifier(nn.Module):
     ):
         super().__init__()
         kind = type(encoder).__name__
-        for name in ('dim', 'size'):
-            has = isinstance(getattr(encoder, name, None), int)
+        for name, types in (('dim', int), ('size', int | tuple)):
+            has = isinstance(getattr(encoder, name, None), types)
             require(has, 'encoder', f'a module with `.{name}`', f'{kind}, which has no `.{name}`')
         self.encoder = _copy_of(encoder, drop_path).requires_grad_(True)
         device = next(self.encoder.parameters()).device
@@ -121,18 +121,18 @@ def layers_of(
 # %% ../../nbs/transfer/04_classifier.ipynb #17d2101b
 def at_size(
     encoder: nn.Module,  # any
-    size: int | None = None,  # image side, pixels; None: its own
+    size: int | tuple | None = None,  # of images, pixels: side or (height, width); None: its own
 ) -> nn.Module:  # the same, or a copy with its positions resampled
     """An encoder for images of a size. `ValueError` where it cannot take them.
 
     Args:
         encoder: any
-        size: image side, pixels; None: its own
+        size: of images, pixels: side or (height, width); None: its own
 
     Returns:
         the same, or a copy with its positions resampled
     """
-    require_int(size, 'size', least=1, optional=True)
+    size = image_size(size, 'size', optional=True)
     if size is None or size == getattr(encoder, 'size', None):
         return encoder
     what = f'None for {type(encoder).__name__}, which has no `at_size`'

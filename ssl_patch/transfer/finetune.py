@@ -23,7 +23,7 @@ from ssl_patch.evaluation.features import (
     size_and_device,
 )
 from ..evaluation.protocol import check_leakage, labelled_splits, top1
-from ..ground.checks import require, require_int
+from ..ground.checks import height_width, require, require_int
 from ssl_patch.training.checkpoint import (
     as_identity,
     begin_run,
@@ -133,7 +133,7 @@ class FineTuner:
         resize: short side of test images before the cut; None: that of the encoder, else its size
         overlap: where test images are in train: 'refuse', 'drop' or 'keep'
         name: of the run, in pictures and files
-        size: image side, pixels; None: the encoder's
+        size: of images, pixels; None: the encoder's
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class FineTuner:
         resize: int | None = None,
         overlap: str = 'refuse',  # where test images are in train: 'refuse', 'drop' or 'keep'
         name: str = 'fine-tuning',  # of the run, in pictures and files
-        size: int | None = None,  # image side, pixels; None: the encoder's
+        size: int | tuple | None = None,  # of images, pixels; None: the encoder's
     ):
         from timm.loss import SoftTargetCrossEntropy
         from timm.utils import ModelEmaV3
@@ -163,7 +163,8 @@ class FineTuner:
         size, here, _ = size_and_device(encoder, None, None)
         require(isinstance(config, FinetuneConfig), 'config', 'a FinetuneConfig', config)
         at_least = ', the size of the encoder'
-        require_int(resize, 'resize', least=size, optional=True, hint=at_least)
+        short = min(height_width(size))
+        require_int(resize, 'resize', least=short, optional=True, hint=at_least)
         self.data, self.train, self.test, self.leak, self.kept = _clean(data, encoder, overlap)
         self.device = require_device(str(device or here))
         self.config, self.epochs = settle_batch(config, len(self.train)), config.epochs

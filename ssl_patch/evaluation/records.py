@@ -201,7 +201,8 @@ class Record:
         tower = f'{self.tower} tower' if self.tower not in self.encoder else ''
         what = ', '.join(filter(None, [self.architecture, f'{self.layer} features', tower]))
         found = f' · found: {_in_one_line(self.chosen)}' if self.chosen else ''
-        counts = f'{self.n_classes} classes, {self.n_train} train, {self.n_test} test images'
+        classes = f'{self.n_classes} classes, ' if self.n_classes else ''
+        counts = f'{classes}{self.n_train} train, {self.n_test} test images'
         how = f'{_in_one_line(self.settings)}{found} · {counts} · seed {self.seed}'
         first = f'**{self.protocol}, {self.metric}** on {self.data}: {values}'
         return [*map(write, [first, f'{what} · {how}', *([self.note] if self.note else [])])]
@@ -412,6 +413,12 @@ def split_columns(
     return key, heads
 
 # %% ../../nbs/evaluation/03_records.ipynb #2463cb4d
+_OWN_CHANCE = dict(  # of a metric, what an answer without looking is
+    delta1='the median depth of the training images everywhere',
+    AP='no object found',
+)
+
+
 def footnotes(
     records: list[Record],  # of one table
     key,  # from `split_columns`
@@ -439,10 +446,18 @@ def _footnotes(records, key, heads):
     seeds = sorted({r.seed for r in records})
     several = f'- mean ± standard deviation over seeds {", ".join(map(str, seeds))}'
     yield several if len(seeds) > 1 else f'- seed {seeds[0]}'
-    ranked = {r.metric for r in records} - {'top-1', 'mIoU', 'pixel accuracy'}
-    yield '- chance: always answering the most common test class' + (
-        '; of mAP and R@k, a random order' if ranked else ''
-    )
+    yield f'- chance: {"; ".join(_chance_of({r.metric for r in records}))}'
+
+
+def _chance_of(metrics):
+    "What chance is, for each kind of metric that there is."
+    counted = metrics & {'top-1', 'mean per class', 'mIoU', 'pixel accuracy'}
+    other = metrics - {'top-1', 'mean per class', 'mIoU', 'pixel accuracy', *_OWN_CHANCE}
+    if counted or other:
+        yield 'always answering the most common test class'
+    if other:
+        yield 'of mAP and R@k, a random order'
+    yield from (f'of {m}, {_OWN_CHANCE[m]}' for m in sorted(metrics & set(_OWN_CHANCE)))
 
 
 def _data_notes(records):
@@ -453,7 +468,8 @@ def _data_notes(records):
         several = len({said(o) for o in records if o.data == r.data}) > 1
         names = ', '.join(dict.fromkeys(f'{o.encoder}: {o.protocol}' for o in alike))
         who = f' ({names})' if several else ''
-        counts = f'{r.n_classes} classes, {r.n_train} train and {r.n_test} test images'
+        classes = f'{r.n_classes} classes, ' if r.n_classes else ''
+        counts = f'{classes}{r.n_train} train and {r.n_test} test images'
         yield f'- {r.data}{who}: {counts}' + (f'; {r.note}' if r.note else '')
 
 # %% ../../nbs/evaluation/03_records.ipynb #bc66dae1

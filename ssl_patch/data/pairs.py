@@ -97,8 +97,7 @@ def match_pairs(
     image_end: tuple = ('.jpg', '.jpeg', '.png', '.webp'),  # how names of images end
     target_end: tuple = ('.png',),  # how names of targets end; what is before it must be equal
 ) -> list:  # of Pair, in the order of names
-    """Files of two folders that have the same name but for its end. `FileNotFoundError` for an
-    image
+    """Files of two folders with the same name but for its end. `FileNotFoundError` for an image
     without a target.
 
     Args:

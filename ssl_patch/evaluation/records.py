@@ -413,10 +413,7 @@ def split_columns(
     return key, heads
 
 # %% ../../nbs/evaluation/03_records.ipynb #2463cb4d
-_OWN_CHANCE = dict(  # of a metric, what an answer without looking is
-    delta1='the median depth of the training images everywhere',
-    AP='no object found',
-)
+_CHANCE = dict(delta1='of delta1, the median training depth everywhere', AP='of AP, no object')
 
 
 def footnotes(
@@ -446,18 +443,12 @@ def _footnotes(records, key, heads):
     seeds = sorted({r.seed for r in records})
     several = f'- mean ± standard deviation over seeds {", ".join(map(str, seeds))}'
     yield several if len(seeds) > 1 else f'- seed {seeds[0]}'
-    yield f'- chance: {"; ".join(_chance_of({r.metric for r in records}))}'
-
-
-def _chance_of(metrics):
-    "What chance is, for each kind of metric that there is."
-    counted = metrics & {'top-1', 'mean per class', 'mIoU', 'pixel accuracy'}
-    other = metrics - {'top-1', 'mean per class', 'mIoU', 'pixel accuracy', *_OWN_CHANCE}
-    if counted or other:
-        yield 'always answering the most common test class'
-    if other:
-        yield 'of mAP and R@k, a random order'
-    yield from (f'of {m}, {_OWN_CHANCE[m]}' for m in sorted(metrics & set(_OWN_CHANCE)))
+    metrics, ranked = {r.metric for r in records}, 'of mAP and R@k, a random order'
+    chance = ['always answering the most common test class']
+    chance += [ranked] * bool(metrics - {'top-1', 'mIoU', 'pixel accuracy', *_CHANCE})
+    yield '; '.join(
+        ['- chance: ' + chance[0], *chance[1:], *map(_CHANCE.get, metrics & {*_CHANCE})]
+    )
 
 
 def _data_notes(records):

@@ -48,7 +48,7 @@ def _crops(a, report):
     sizes = ((32, 32, 8), (64, 32, 4)) if a.small else ((32, 32, 256), (256, 224, 32))
     for source, size, batch in sizes:
         x, g = smooth(batch, source), torch.Generator().manual_seed(0)
-        box, flip = draw_boxes(aug_weak(size), (source, source), g, batch)
+        box, flip, _ = draw_boxes(aug_weak(size), (source, source), g, batch)
 
         def crop_one(image, corners, mirrored):
             image = image.float() / 255

@@ -237,7 +237,7 @@ def test_make_view_equals_torchvision_step_by_step():
     r = A.aug_byol_b(48, blur_p=0.5, solarize_p=0.5, gray_p=0.3)
     x = torch.randint(0, 256, (40, 3, 64, 80), dtype=torch.uint8)
     v, g = make_view(x, r, gen(5)), gen(5)
-    box, flip = A.draw_boxes(r, (64, 80), g, 40)
+    box, flip, _ = A.draw_boxes(r, (64, 80), g, 40)
     c = A.draw_params(r, 40, g)
     assert all(0 < m.sum() < 40 for m in (flip, c.jitter, c.gray, c.blur, c.solarize))
     for i in range(40):  # crop, jitter, grey, blur, solarize, then flip
@@ -572,7 +572,7 @@ def test_one_large_image_is_cut_as_a_batch_is(inner, size):
     if inner:
         x = x.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     for i in range(6):
-        box, flip = A.draw_boxes(
+        box, flip, _ = A.draw_boxes(
             A.aug_weak(size), x.shape[-2:], torch.Generator().manual_seed(i), 1
         )
         for y in (x, x / 255):

@@ -18,6 +18,7 @@ from ..reports.runs import load_run
 from ..training.checkpoint import as_json, atomic_write
 from ..training.pretrain import Pretrainer
 from ssl_patch.commands.words import (
+    change_augmentations,
     encoder_from_words,
     import_modules,
     load_data,
@@ -52,6 +53,9 @@ class Setup:
 
     options: tuple[str, ...] = ()
     'of the method, e.g. gamma=3 num_draws=4, or preset=cifar; a wrong one names all there are'
+
+    augmentation: tuple[str, ...] = ()
+    'changes of the views, all of them, e.g. flip_ud=.5 turns=1 for images from above'
 
     encoder: str = 'vit_tiny'
     "'vit_tiny', 'vit_small', 'vit_base', 'resnet18', ..., or timm/NAME, torchvision/NAME"
@@ -132,7 +136,9 @@ class Setup:
         options = parse_options(self.options, taken=('name', 'encoder'))
         usual = 'moco_v3' if 'moco_v3' in (self.method, options.get('host')) else 'aps'
         torch.manual_seed(self.seed)
-        return build_method(self.method, self.build_encoder(usual), **options)
+        method = build_method(self.method, self.build_encoder(usual), **options)
+        change_augmentations(method, self.augmentation)
+        return method
 
     def build(self) -> tuple:  # (ImageData, Method)
         "The data and the method."

@@ -150,6 +150,7 @@ def box_with_arrow(
     box: Tensor,  # (4,) top, left, height, width, pixels
     flip: bool,  # whether the view is mirrored: the arrow then points left
     color: str,  # of box and arrow
+    turn: int = 0,  # quarters that it is turned after that, counter-clockwise
 ):
     """A box on its source image, and an arrow that runs from the left of the view to its right.
 
@@ -158,11 +159,13 @@ def box_with_arrow(
         box: (4,) top, left, height, width, pixels
         flip: whether the view is mirrored: the arrow then points left
         color: of box and arrow
+        turn: quarters that it is turned after that, counter-clockwise
     """
     from matplotlib.patches import Rectangle
 
     t, l, h, w = box.tolist()
     ax.add_patch(Rectangle((l - 0.5, t - 0.5), w, h, fill=False, edgecolor=color, linewidth=2))
-    a, b = (l + 0.9 * w, l + 0.1 * w) if flip else (l + 0.1 * w, l + 0.9 * w)
+    a, b = (0.1, 0.9) if turn == 1 or turn == 2 * flip else (0.9, 0.1)
+    at = (lambda c: (l + 0.5 * w, t + c * h)) if turn % 2 else (lambda c: (l + c * w, t + 0.5 * h))
     arrow = dict(arrowstyle='->', color=color, lw=1.5, shrinkA=0, shrinkB=0)
-    ax.annotate('', (b, t + 0.5 * h), (a, t + 0.5 * h), arrowprops=arrow)
+    ax.annotate('', at(b), at(a), arrowprops=arrow)

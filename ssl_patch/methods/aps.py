@@ -21,7 +21,14 @@ from .method import Method, method_from_config
 from .configs import MethodConfig, TrainConfig, config_for, given, register_method
 from .contrast import InfoNCELoss
 from .moco import moco_v3_heads
-from .geometry import as_grid, check_box, check_flip, covered_fraction, keep_mask
+from ssl_patch.methods.geometry import (
+    as_grid,
+    check_box,
+    check_flip,
+    check_turn,
+    covered_fraction,
+    keep_mask,
+)
 
 # %% ../../nbs/methods/12_aps.ipynb #4db92255
 def check_sampling(
@@ -141,10 +148,12 @@ def sample_asymmetric(
     flip2: Tensor | None = None,  # (B,) bool, True where view 2 is mirrored; None: never
     generator: torch.Generator | None = None,  # random numbers, on the boxes' device
     disjoint: bool = True,  # view 1's draws share no patch; False allows s T above 1
+    turn1: Tensor | None = None,  # (B,) long, quarter turns of view 1 after that; None: none
+    turn2: Tensor | None = None,  # (B,) long, quarter turns of view 2; None: none
 ) -> tuple[Tensor, Tensor]:  # (B,T,k) kept patches of view 1, (B,T,k) of view 2
     """Kept patches of two views, hardly overlapping in the source (APS, arXiv 2306.02854). Without
-    flips: the released code's geometry. `ValueError` for boxes or flips of another shape, a ratio
-    outside (0, 1] or too small, and for more disjoint draws than fit.
+    flips and turns: the released code's geometry. `ValueError` for boxes, flips or turns of another
+    shape, a ratio outside (0, 1] or too small, and for more disjoint draws than fit.
 
     Args:
         box1: (B,4) top, left, height, width of view 1, source pixels
@@ -157,6 +166,8 @@ def sample_asymmetric(
         flip2: (B,) bool, True where view 2 is mirrored; None: never
         generator: random numbers, on the boxes' device
         disjoint: view 1's draws share no patch; False allows s T above 1
+        turn1: (B,) long, quarter turns of view 1 after that; None: none
+        turn2: (B,) long, quarter turns of view 2; None: none
 
     Returns:
         (B,T,k) kept patches of view 1, (B,T,k) of view 2
@@ -165,10 +176,13 @@ def sample_asymmetric(
     box2 = check_box(box2, 'box2', len(box1))
     check_flip(flip1, 'flip1', len(box1))
     check_flip(flip2, 'flip2', len(box1))
+    check_turn(turn1, 'turn1', len(box1))
+    check_turn(turn2, 'turn2', len(box1))
     require_number(gamma, 'gamma', 0)
     batch = len(box1)
     keep1 = sample_sparse(batch, grid, keep_ratio, num_draws, disjoint, generator, box1.device)
-    cover = covered_fraction(keep_mask(keep1, grid), box1, box2, flip1, flip2)
+    symmetries = dict(flip1=flip1, flip2=flip2, turn1=turn1, turn2=turn2)
+    cover = covered_fraction(keep_mask(keep1, grid), box1, box2, **symmetries)
     return keep1, sample_selective(cover, keep1.shape[-1], gamma, generator)
 
 # %% ../../nbs/methods/12_aps.ipynb #02ca1008
@@ -182,14 +196,14 @@ class AsymmetricPatchSampler:
         keep_ratio: share of the patches that a draw keeps: s
         num_draws: draws per pair of views, each of them an optimiser step: T
         gamma: exponent: 0 chooses view 2 uniformly, a large one takes the least seen
-        flip_aware: respect mirrored views; False: the geometry of the released code
+        flip_aware: respect mirrored and turned views; False: as the released code
         disjoint: view 1's draws share no patch; False allows s T above 1
     """
 
     keep_ratio: float = 0.25  # share of the patches that a draw keeps: s
     num_draws: int = 4  # draws per pair of views, each of them an optimiser step: T
     gamma: float = 3.0  # exponent: 0 chooses view 2 uniformly, a large one takes the least seen
-    flip_aware: bool = True  # respect mirrored views; False: the geometry of the released code
+    flip_aware: bool = True  # respect mirrored and turned views; False: as the released code
     disjoint: bool = True  # view 1's draws share no patch; False allows s T above 1
 
     def __post_init__(self):
@@ -199,10 +213,13 @@ class AsymmetricPatchSampler:
         require(right, 'flip_aware', 'True or False', self.flip_aware)
 
     def __call__(self, view1, view2, grid, generator=None):
-        flips = (view1.flip, view2.flip) if self.flip_aware else (None, None)
         settings = self.keep_ratio, self.num_draws, self.gamma
-        boxes = view1.box, view2.box
-        return sample_asymmetric(*boxes, grid, *settings, *flips, generator, self.disjoint)
+        views, boxes = (view1, view2), (view1.box, view2.box)
+        flips = turns = (None, None)
+        if self.flip_aware:
+            flips, turns = [v.flip for v in views], [v.turn for v in views]
+        how = *flips, generator, self.disjoint, *turns
+        return sample_asymmetric(*boxes, grid, *settings, *how)
 
 # %% ../../nbs/methods/12_aps.ipynb #eee31252
 _cifar = MethodConfig(

@@ -326,7 +326,8 @@ def _leaves(x, name=''):
 def require_same_run(
     mine: dict,  # identity of this run
     theirs: dict,  # that of the checkpoint
-    defaults: dict | None = None,  # key -> options with the values they have unless told otherwise
+    # key -> options, or those of each of a list, with the values they have unless told otherwise
+    defaults: dict | None = None,
     may_differ=(),  # dotted names of entries, such as 'data.name'
 ) -> dict:  # dotted name -> [what the checkpoint has, what this run has], where they may differ
     """`ValueError` unless a checkpoint belongs to this run; it names what differs.
@@ -334,7 +335,8 @@ def require_same_run(
     Args:
         mine: identity of this run
         theirs: that of the checkpoint
-        defaults: key -> options with the values they have unless told otherwise
+        defaults: key -> options, or those of each of a list, with the values they have unless told
+            otherwise
         may_differ: dotted names of entries, such as 'data.name'
 
     Returns:
@@ -349,7 +351,9 @@ def require_same_run(
     for k in mine:
         now, before = json.loads(mine[k]), json.loads(theirs.get(k, 'null'))
         if k in (defaults or {}) and k in theirs:
-            before = defaults[k] | before
+            several = isinstance(before, list)
+            before = [defaults[k] | b for b in (before if several else [before])]
+            before = before if several else before[0]
         now, before = _leaves(now, k), _leaves(before, k)
         for name in now | before:
             pair = [before.get(name), now.get(name)]

@@ -49,6 +49,7 @@ from ssl_patch.training.setup import (
     to_device,
     without_test_images,
 )
+from ..views.augmentations import Augmentation
 from ..views.loader import ViewLoader, seed_for
 
 # %% ../../nbs/training/05_pretrain.ipynb #8b1e8deb
@@ -352,7 +353,9 @@ class Pretrainer:
     def load_state_dict(self, state):
         """Go on from a state, also with more epochs, elsewhere, or in another precision.
         `ValueError` where it belongs to another run."""
-        defaults, theirs = dict(train_config=asdict(TrainConfig())), state.get('identity', {})
+        usual = asdict(Augmentation(self.encoder.size))  # some numbers are younger than others
+        defaults = dict(train_config=asdict(TrainConfig()), augmentations=usual)
+        theirs = state.get('identity', {})
         free = ['data.name', 'bf16']
         if self.epochs > json.loads(theirs.get('train_config', '{}')).get('epochs', math.inf):
             free += ['train_config.epochs', 'train_config.warmup_epochs']

@@ -9,6 +9,7 @@ __all__ = ['Augmentation', 'aug_weak', 'aug_moco_v2', 'aug_moco_v1', 'aug_byol_a
 
 # %% ../../nbs/views/03_augmentations.ipynb #e36fb5f7
 from dataclasses import dataclass, fields
+from numbers import Real
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ class Augmentation:
         scale: area of the crop / area of the image; None: the whole image
         ratio: width / height of the crop
         flip: chance of a left-right mirror
+        flip_ud: chance of an up-down mirror
+        turns: chance of quarter turns: 0, 1, 2 or 3 of them, each as likely
         jitter: strength of brightness, contrast, saturation and hue
         jitter_p: chance of colour jitter
         gray_p: chance of becoming grey
@@ -46,6 +49,8 @@ class Augmentation:
     scale: tuple | None = (0.2, 1.0)  # area of the crop / area of the image; None: the whole image
     ratio: tuple = (3 / 4, 4 / 3)  # width / height of the crop
     flip: float = 0.5  # chance of a left-right mirror
+    flip_ud: float = 0.0  # chance of an up-down mirror
+    turns: float = 0.0  # chance of quarter turns: 0, 1, 2 or 3 of them, each as likely
     jitter: tuple = (0.0, 0.0, 0.0, 0.0)  # strength of brightness, contrast, saturation and hue
     jitter_p: float = 0.0  # chance of colour jitter
     gray_p: float = 0.0  # chance of becoming grey
@@ -62,16 +67,25 @@ class Augmentation:
             require_range(self.scale, 'scale', 1e-6, 1.0)
         require_range(self.ratio, 'ratio', 1e-6, 1e6)
         require_range(self.blur_sigma, 'blur_sigma', 1e-6, 1e6)
-        for name in ('flip', 'jitter_p', 'gray_p', 'blur_p', 'solarize_p'):
+        for name in ('flip', 'flip_ud', 'turns', 'jitter_p', 'gray_p', 'blur_p', 'solarize_p'):
             require_number(getattr(self, name), name, least=0, most=1, hint=', as it is a chance')
-        right = len(self.jitter) == 4 and min(self.jitter) >= 0 and self.jitter[3] <= 0.5
+        four = isinstance(self.jitter, (tuple, list)) and len(self.jitter) == 4
+        right = four and all(isinstance(v, Real) and v >= 0 for v in self.jitter)
+        right = right and self.jitter[3] <= 0.5
         what = (
             'strengths of at least 0 of brightness, contrast, saturation and hue, hue at most 0.5'
         )
         require(right, 'jitter', what, self.jitter)
+        require_number(self.solarize_threshold, 'solarize_threshold')
+        require_int(self.blur_kernel, 'blur_kernel', least=1, optional=True)
         if self.blur_p:
             right = self.kernel % 2 == 1 and 0 < self.kernel < 2 * self.size
             require(right, 'blur_kernel', f'odd and below 2*size={2 * self.size}', self.kernel)
+
+    @property
+    def turned(self) -> bool:
+        "Whether views may be mirrored up-down or turned"
+        return self.flip_ud > 0 or self.turns > 0
 
     @property
     def kernel(self) -> int:
@@ -253,27 +267,35 @@ def photometric(
 
 # %% ../../nbs/views/03_augmentations.ipynb #3b4e8902
 def draw_boxes(
-    augmentation: Augmentation,  # scale, ratio and flip
+    augmentation: Augmentation,  # scale, ratio, flips and turns
     sizes,  # one (height, width), or a tensor (B,2)
     generator: torch.Generator | None = None,  # source of the random numbers
     n: int | None = None,  # how many, where `sizes` is one pair
-) -> tuple:  # box (B,4), flip (B,)
-    """Draw where a batch of views is cut and whether they are mirrored
+) -> tuple:  # box (B,4), flip (B,), and turn (B,), None for an augmentation without turns
+    """Draw where a batch of views is cut, whether they are mirrored, and how they are turned
 
     Args:
-        augmentation: scale, ratio and flip
+        augmentation: scale, ratio, flips and turns
         sizes: one (height, width), or a tensor (B,2)
         generator: source of the random numbers
         n: how many, where `sizes` is one pair
 
     Returns:
-        box (B,4), flip (B,)
+        box (B,4), flip (B,), and turn (B,), None for an augmentation without turns
     """
-    if augmentation.scale is not None:
-        box = random_boxes(sizes, augmentation.scale, augmentation.ratio, generator, n)
+    a = augmentation
+    if a.scale is not None:
+        box = random_boxes(sizes, a.scale, a.ratio, generator, n)
     else:
         box = whole_boxes(sizes, n, generator.device if generator is not None else 'cpu')
-    return box, torch.rand(len(box), generator=generator, device=box.device) < augmentation.flip
+    draw = lambda *shape: torch.rand(*shape, generator=generator, device=box.device)
+    flip = draw(len(box)) < a.flip
+    if not a.turned:
+        return box, flip, None
+    u = draw(3, len(box))
+    up_down, turn = u[0] < a.flip_ud, torch.where(u[1] < a.turns, (4 * u[2]).long(), 0)
+    # an up-down mirror is a left-right mirror and half a turn
+    return box, flip ^ up_down, (turn + 2 * up_down) % 4
 
 
 def _mended(x):
@@ -320,11 +342,11 @@ def make_view(
         generator: of the random numbers; best on the CPU
     """
     _require_batch(x)
-    boxes = draw_boxes(augmentation, x.shape[-2:], generator, len(x))
-    box, flip = (t.to(x.device, non_blocking=True) for t in boxes)
-    y = resized_crop(x, box, augmentation.size, flip)
+    drawn = draw_boxes(augmentation, x.shape[-2:], generator, len(x))
+    box, flip, turn = (t if t is None else t.to(x.device, non_blocking=True) for t in drawn)
+    y = resized_crop(x, box, augmentation.size, flip, turn=turn)
     params = draw_params(augmentation, len(x), generator)
-    return View(apply_params_(y, params, augmentation), box, flip)
+    return View(apply_params_(y, params, augmentation), box, flip, turn)
 
 # %% ../../nbs/views/03_augmentations.ipynb #68aeac2b
 def show_views(
@@ -354,9 +376,11 @@ def show_views(
     for i, (source, *row) in enumerate(axs):
         framed(source, x[i], 'source' if i == 0 else '')
         for k, (v, name, ax) in enumerate(zip(views, names, row)):
-            flip, color = bool(v.flip[i]), VIEWS[k % len(VIEWS)]
-            box_with_arrow(source, v.box[i], flip, color)
-            framed(ax, v.x[i], f'{name} (mirrored)' if flip else name, color)
+            color, how = VIEWS[k % len(VIEWS)], v.symmetry(i)
+            turn = 0 if v.turn is None else int(v.turn[i])
+            box_with_arrow(source, v.box[i], bool(v.flip[i]), color, turn)
+            said = f'{name} ({how})'.replace(', ', ',\n') if how else name
+            framed(ax, v.x[i], said, color)
     fig.tight_layout(pad=0.4)
     plt.close(fig)
     return fig

@@ -42,7 +42,8 @@ def crop_by_taps(
     x: Tensor,  # images, uint8 or float (B,C,H,W), on the CPU
     box: Tensor,  # top, left, height, width in pixels, float (B,4)
     size: int,  # side of the result, pixels
-    flip: Tensor,  # mirror these, bool (B,)
+    flip: Tensor,  # mirror these left-right, bool (B,)
+    flip_ud: Tensor | None = None,  # mirror these up-down, bool (B,); None: none
 ) -> Tensor:  # float (B,C,size,size); uint8 images are brought to [0,1]
     """`resized_crop` with sums of few pixels, in pieces that fit the cache: best on a CPU
 
@@ -50,13 +51,14 @@ def crop_by_taps(
         x: images, uint8 or float (B,C,H,W), on the CPU
         box: top, left, height, width in pixels, float (B,4)
         size: side of the result, pixels
-        flip: mirror these, bool (B,)
+        flip: mirror these left-right, bool (B,)
+        flip_ud: mirror these up-down, bool (B,); None: none
 
     Returns:
         float (B,C,size,size); uint8 images are brought to [0,1]
     """
     t, l, h, w = box.unbind(1)
-    (jy, wy), (jx, wx) = _taps(t, h, size), _taps(l, w, size, flip)
+    (jy, wy), (jx, wx) = _taps(t, h, size, flip_ud), _taps(l, w, size, flip)
     if x.dtype == torch.uint8:
         wy = wy / 255
     # the rows and columns that a crop touches, and how many of its weights are not zero
@@ -80,8 +82,9 @@ def crop_one(
     x: Tensor,  # one image, uint8 or float (C,H,W), on the CPU
     box: Tensor,  # its top, left, height, width in pixels, float (1,4)
     size: int,  # side of the result, pixels
-    flip: Tensor,  # whether it is mirrored, bool (1,)
+    flip: Tensor,  # whether it is mirrored left-right, bool (1,)
     out: Tensor,  # float (C,size,size): the crop is written here
+    flip_ud: Tensor | None = None,  # whether it is mirrored up-down, bool (1,); None: no
 ) -> Tensor:  # `out`
     """`crop_by_taps` of one image, into memory that is there already
 
@@ -89,14 +92,15 @@ def crop_one(
         x: one image, uint8 or float (C,H,W), on the CPU
         box: its top, left, height, width in pixels, float (1,4)
         size: side of the result, pixels
-        flip: whether it is mirrored, bool (1,)
+        flip: whether it is mirrored left-right, bool (1,)
         out: float (C,size,size): the crop is written here
+        flip_ud: whether it is mirrored up-down, bool (1,); None: no
 
     Returns:
         `out`
     """
     (t, l, h, w), C = box.unbind(1), len(x)
-    (jy, wy), (jx, wx) = _taps(t, h, size), _taps(l, w, size, flip)
+    (jy, wy), (jx, wx) = _taps(t, h, size, flip_ud), _taps(l, w, size, flip)
     if x.dtype == torch.uint8:
         wy = wy / 255
     top, bottom = int(t.floor()), int((t + h).ceil())

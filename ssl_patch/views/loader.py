@@ -13,7 +13,7 @@ import torch
 from ..ground.checks import require, require_int
 from .augmentations import Augmentation, apply_params_, draw_boxes, draw_params
 from .augmentations import make_view
-from .crops import View
+from .crops import View, crop_axes
 from .fast_cpu import crop_one
 
 # %% ../../nbs/views/04_loader.ipynb #4792fbcb
@@ -56,15 +56,20 @@ class _CroppedBatches(torch.utils.data.Dataset):
         epoch, indices = what
         n, views = len(indices), []
         for a in self.augmentations:
-            crops = torch.empty(n, 3, a.size, a.size)
-            views.append((crops, torch.empty(n, 4), torch.empty(n, dtype=torch.bool)))
+            turns = torch.empty(n, dtype=torch.long) if a.turned else None
+            flips = torch.empty(n, dtype=torch.bool)
+            views.append((torch.empty(n, 3, a.size, a.size), torch.empty(n, 4), flips, turns))
         for k, i in enumerate(indices):
             x, g = self.store[i], generator_for(self.seed, epoch, 'boxes', i)
             require(x.ndim == 3 and len(x) == 3, f'image number {i} of the data', '(3,H,W)', x)
-            for a, (crops, boxes, flips) in zip(self.augmentations, views):
-                box, flip = draw_boxes(a, x.shape[-2:], g, 1)
-                crop_one(x, box, a.size, flip, crops[k])
+            for a, (crops, boxes, flips, turns) in zip(self.augmentations, views):
+                box, flip, turn = draw_boxes(a, x.shape[-2:], g, 1)
+                mirrored, flip_ud, transposed = crop_axes(flip, turn)
+                crop_one(x, box, a.size, mirrored, crops[k], flip_ud)
                 boxes[k], flips[k] = box[0], flip[0]
+                if turns is not None:
+                    turns[k] = turn[0]
+                    crops[k] = crops[k].mT.clone() if transposed else crops[k]
         return torch.tensor(indices), views
 
 # %% ../../nbs/views/04_loader.ipynb #ea4e92f7

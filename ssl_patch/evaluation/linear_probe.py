@@ -209,7 +209,7 @@ def augment_batch(
         whole = True
     sizes = torch.tensor([tuple(i.shape[-2:]) for i in (x[:1] if whole else x)]).expand(len(x), 2)
     crop = Augmentation(max(height_width(size)), scale=config.scale, flip=config.flip)
-    box, flip = draw_boxes(crop, sizes, generator)
+    box, flip, _ = draw_boxes(crop, sizes, generator)
     cut = _rectangles if isinstance(size, tuple) else resized_crop
     if whole:
         x = cut(x, box.to(x.device), size, flip.to(x.device))

@@ -74,10 +74,6 @@ def _in_one_line(settings):
     return ', '.join(f'{k}={v}' for k, v in told.items())
 
 
-def _is_utf8(text):
-    return not any('\ud800' <= c <= '\udfff' for c in text)
-
-
 @dataclass(repr=False)
 class Record:
     """One evaluation. ValueError if `value`, `chance` or a baseline is not a fraction in [0, 1].
@@ -181,7 +177,7 @@ class Record:
         path.parent.mkdir(parents=True, exist_ok=True)
         cut = path.is_file() and path.read_bytes()[-1:] not in (b'', b'\n')  # half a line
         line = json.dumps(self.to_dict(), ensure_ascii=False)
-        if not _is_utf8(line):  # of a file name that is no text
+        if any('\ud800' <= c <= '\udfff' for c in line):  # of a file name that is no text
             line = json.dumps(self.to_dict())
         with open(path, 'a', encoding='utf-8') as f:
             f.write('\n' * cut + line + '\n')

@@ -360,14 +360,15 @@ def pixel_stats(
         chunks, n = store.images.split(1024), len(store)
     else:
         order = torch.randperm(len(store), generator=torch.Generator().manual_seed(0))
-        few = store.subset(order[:sample].sort().values)
+        most = max(1, sample // getattr(store, 'frames', 1))  # of clips, as many frames
+        few = store.subset(order[:most].sort().values)
         chunks, n = (few[i][None] for i in range(len(few))), len(few)
     channels = range(store.channels)
     p = torch.zeros(len(channels), 256, dtype=torch.float64)
     v = torch.arange(256, dtype=torch.float64) / 255
     for x in chunks:
         counts = torch.stack([x[:, c].flatten().bincount(minlength=256) for c in channels])
-        p += counts.cpu().double() / (x.shape[2] * x.shape[3] * n)
+        p += counts.cpu().double() / (x[0, 0].numel() * n)
     mean = p @ v
     variance = (p * (v - mean[:, None]).square()).sum(1)
     return mean.float(), variance.sqrt().float()

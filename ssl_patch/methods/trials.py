@@ -7,6 +7,7 @@ __all__ = ['describe', 'require_arguments', 'check_slot_types', 'check_views', '
 
 # %% ../../nbs/methods/17_trials.ipynb #729f7e18
 import copy
+import math
 import warnings
 from functools import partial
 from inspect import signature
@@ -125,7 +126,7 @@ def try_sampler(
     name = 'what patch_sampler returns'
     pair = isinstance(kept, (tuple, list)) and len(kept) == 2
     require(pair, name, 'two tensors, the patches that view 1 and view 2 keep', kept)
-    patches = encoder.grid[0] * encoder.grid[1]
+    patches = math.prod(encoder.grid)
     for n, keep in enumerate(kept, 1):
         name = f'what patch_sampler keeps of view {n}'
         meaning = ', for each of 2 images and T draws the numbers of k patches (no mask)'

@@ -53,6 +53,9 @@ class SplitBatchNorm(nn.BatchNorm2d):
         super().__init__(num_features, **kwargs)
         self.bn_splits = bn_splits
 
+    def _check_input_dim(self, x):
+        require(x.ndim in (4, 5), 'x', 'maps of images, or of clips', x)
+
     def forward(self, x):
         N, S = len(x), self.bn_splits
         if not self.training or S == 1:
@@ -72,7 +75,8 @@ def split_batch_norm(
     module: nn.Module,  # changed in place
     bn_splits: int = 8,  # number of groups S; 1: plain batch-norm
 ) -> nn.Module:  # the same module
-    """Make every `BatchNorm2d` of a network a `SplitBatchNorm`; batch-norm of heads (1-D) stays.
+    """Make every batch-norm of maps, of images or clips, a `SplitBatchNorm`; that of heads (1-D)
+    stays.
 
     Args:
         module: changed in place
@@ -86,7 +90,7 @@ def split_batch_norm(
         for name, bn in m.named_children():
             if isinstance(bn, SplitBatchNorm):
                 bn.bn_splits = bn_splits
-            elif type(bn) is nn.BatchNorm2d and bn_splits > 1:
+            elif type(bn) in (nn.BatchNorm2d, nn.BatchNorm3d) and bn_splits > 1:
                 new = SplitBatchNorm(bn.num_features, bn_splits, eps=bn.eps, momentum=bn.momentum)
                 new.load_state_dict(bn.state_dict())
                 new = new.to(bn.weight.device).train(bn.training)

@@ -26,6 +26,7 @@ from ..methods.configs import TrainConfig
 from ..methods.method import Method
 from ..models.encoders import Encoder, ResNet
 from ..models.momentum import SplitBatchNorm
+from ..models.video_encoders import SlowResNet
 
 # %% ../../nbs/training/04_setup.ipynb #7d900947
 def native_bf16(
@@ -160,8 +161,9 @@ def to_device(
     for m in method.modules():
         if isinstance(m, Encoder):  # the momentum encoder too
             m.set_stats(data.mean, data.std).trained_on = learned
-        if isinstance(m, ResNet):
+        if isinstance(m, (ResNet, SlowResNet)):
+            last = torch.channels_last if isinstance(m, ResNet) else torch.channels_last_3d
             if not any(isinstance(b, SplitBatchNorm) for b in m.modules()):  # that would copy
-                m.to(memory_format=torch.channels_last)
+                m.to(memory_format=last)
         if hasattr(m, 'explicit_attention'):
             m.explicit_attention(bf16 and device == 'cpu')

@@ -149,13 +149,21 @@ class ViewLoader:
         self.phase('load')
         for b, (indices, crops) in enumerate(cropped, start):
             self.phase('views')
-            views = [View(*c).to(self.device, non_blocking=True) for c in crops]
-            for v, (a, g) in zip(views, self._generators(epoch, b)):
-                apply_params_(v.x, draw_params(a, len(v), g), a)
-            yield views, indices
+            drawn = zip(crops, self._generators(epoch, b))
+            yield [self.finished(c, a, g) for c, (a, g) in drawn], indices
             self.phase('load')
         if self.workers:
             self._idle = made_for, cropped
+
+    def cropper(self):
+        "What workers do: batches of crops."
+        return _CroppedBatches(self.store, tuple(self.augmentations), self.seed)
+
+    def finished(self, parts, augmentation, generator) -> View:
+        "A view of the crops of a batch: its colours are changed."
+        view = View(*parts).to(self.device, non_blocking=True)
+        apply_params_(view.x, draw_params(augmentation, len(view), generator), augmentation)
+        return view
 
     def _take_workers(self):
         "Those of the last epoch, if no other epoch has them and they do what is wanted; or new"
@@ -164,7 +172,7 @@ class ViewLoader:
         if made_for == wanted:
             return made_for, cropped
         return wanted, torch.utils.data.DataLoader(
-            _CroppedBatches(self.store, tuple(self.augmentations), self.seed),
+            self.cropper(),
             batch_size=None,
             sampler=[],
             generator=torch.Generator(),

@@ -241,7 +241,7 @@ INFLATIONS = ('centre', 'mean')
 def inflated(
     encoder: ResNet,  # of images, trained
     frames: int = 8,  # of a clip
-    how: str = 'centre',  # where the weight of a kernel goes: the middle frame, or all alike: 'mean'
+    how: str = 'centre',  # where a kernel's weight goes: the middle frame, or all: 'mean'
 ) -> SlowResNet:
     """A slow-only network that begins as an image network. `ValueError` for networks of other
     kinds.
@@ -249,7 +249,7 @@ def inflated(
     Args:
         encoder: of images, trained
         frames: of a clip
-        how: where the weight of a kernel goes: the middle frame, or all alike: 'mean'
+        how: where a kernel's weight goes: the middle frame, or all: 'mean'
     """
     require(isinstance(encoder, ResNet), 'encoder', 'a resnet(...) of images', type(encoder))
     require_choice(how, 'how', INFLATIONS)

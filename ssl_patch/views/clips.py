@@ -240,4 +240,6 @@ def view_loader(
         *args: of `ViewLoader`
         **kwargs: of `ViewLoader`
     """
-    return (ClipLoader if isinstance(store, Clips) else ViewLoader)(store, *args, **kwargs)
+    if isinstance(store, Clips):
+        return ClipLoader(store, *args, **kwargs)
+    return ViewLoader(store, *args, **kwargs)

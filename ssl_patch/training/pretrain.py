@@ -50,7 +50,8 @@ from ssl_patch.training.setup import (
     without_test_images,
 )
 from ..views.augmentations import Augmentation
-from ..views.loader import ViewLoader, seed_for
+from ..views.clips import view_loader
+from ..views.loader import seed_for
 
 # %% ../../nbs/training/05_pretrain.ipynb #8b1e8deb
 class Pretrainer:
@@ -110,7 +111,7 @@ class Pretrainer:
         require_int(knn_every, 'knn_every', least=0, optional=True)
         method.set_data_size(len(data.train), config.batch_size)
         how = dict(seed=seed, device=self.device, workers=workers)
-        self.loader = ViewLoader(data.train, method.augmentations, config.batch_size, **how)
+        self.loader = view_loader(data.train, method.augmentations, config.batch_size, **how)
         self.folder, state = open_run(out, resume, self.device)
         self.out = self.folder and self.folder.path
         if resume is True and not state:

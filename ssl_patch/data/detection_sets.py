@@ -113,6 +113,9 @@ def _coco_tables(path):
         for n, row in enumerate(found[table]):
             lack = [k for k in needed if not isinstance(row, dict) or k not in row]
             require(not lack, f'{path}, {table}[{n}]', f'one with {", ".join(needed)}', row)
+    for n, picture in enumerate(found['images']):
+        for k in ('height', 'width'):
+            require_int(picture[k], f'{path}, images[{n}], {k}', least=1)
     return [found[n] for n in names]
 
 
@@ -230,7 +233,8 @@ def _open_coco(place, train, test, masks):
 def detection_data(
     source,  # a folder in the layout of VOC, COCO or Penn-Fudan, or 'collages'
     train: str | None = None,  # split to train on; None: the usual one that is there
-    test: str | None = None,  # split to measure on; None: the usual one that is there
+    # split to measure on; None: the usual one that is there; of Penn-Fudan how many, the last ones
+    test: str | int | None = None,
     masks: bool = False,  # also masks, for Mask R-CNN
     classes: list | None = None,  # of a VOC layout that is not VOC; None: VOC's 20
     side: int | None = None,  # shrink to this longer side and hold in memory; None: as they are
@@ -244,7 +248,8 @@ def detection_data(
     Args:
         source: a folder in the layout of VOC, COCO or Penn-Fudan, or 'collages'
         train: split to train on; None: the usual one that is there
-        test: split to measure on; None: the usual one that is there
+        test: split to measure on; None: the usual one that is there; of Penn-Fudan how many, the
+            last ones
         masks: also masks, for Mask R-CNN
         classes: of a VOC layout that is not VOC; None: VOC's 20
         side: shrink to this longer side and hold in memory; None: as they are
@@ -265,7 +270,9 @@ def detection_data(
     if not place.is_dir():
         raise FileNotFoundError(f"there is no folder {str(source)!r}; 'collages' needs none")
     if (place / 'PNGImages').is_dir():
-        stores = [penn_fudan_boxes(place, s) for s in ('train', 'test')]
+        stores = [penn_fudan_boxes(place, s, test) for s in ('train', 'test')]
+    elif isinstance(test, int):
+        require(False, 'test', 'the name of a split', test)
     elif (place / 'annotations').is_dir():
         stores = _open_coco(place, train, test, masks)
     elif root := _voc_root(place):

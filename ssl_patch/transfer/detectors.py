@@ -94,7 +94,7 @@ class DetectorConfig:
         rpn_batch: anchors of an image that the first stage learns from
         box_batch: proposals of an image that the second stage learns from
         score: least score of a detection
-        overlap: suppression among detections
+        nms: overlap from which a less sure detection is dropped
         detections: most in an image
         norm: batch-norm in the pyramid, or of 'c4' behind the fourth stage
     """
@@ -112,7 +112,7 @@ class DetectorConfig:
     rpn_batch: int = 256  # anchors of an image that the first stage learns from
     box_batch: int = 512  # proposals of an image that the second stage learns from
     score: float = 0.05  # least score of a detection
-    overlap: float = 0.5  # suppression among detections
+    nms: float = 0.5  # overlap from which a less sure detection is dropped
     detections: int = 100  # most in an image
     norm: bool = False  # batch-norm in the pyramid, or of 'c4' behind the fourth stage
 
@@ -123,7 +123,7 @@ class DetectorConfig:
         require_int(self.detections, 'detections', least=1)
         for name in ('masks', 'norm'):
             require_choice(getattr(self, name), name, (True, False))
-        for name in ('score', 'overlap'):
+        for name in ('score', 'nms'):
             require_number(getattr(self, name), name, least=0, most=1)
         sides = isinstance(self.anchors, (tuple, list)) and len(self.anchors) > 0
         require(sides, 'anchors', 'sides in strides, such as (8,)', self.anchors)
@@ -357,7 +357,7 @@ class Detector(nn.Module):
             rpn_batch_size_per_image=c.rpn_batch,
             box_batch_size_per_image=c.box_batch,
             box_score_thresh=c.score,
-            box_nms_thresh=c.overlap,
+            box_nms_thresh=c.nms,
             box_detections_per_img=c.detections,
         )
         if c.masks:

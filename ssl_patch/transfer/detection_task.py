@@ -357,7 +357,7 @@ def show_detections(
 
     cols = min(cols, len(data))
     rows = -(-len(data) // cols)
-    size = dict(figsize=(9, 9 / cols * 2.2 * rows), dpi=90, layout='constrained')
+    size = dict(figsize=(9, 9 / cols * 2.2 * rows), dpi=80, layout='constrained')
     fig, axes = plt.subplots(2 * rows, cols, squeeze=False, **size)
     for ax in axes.flat:
         ax.set_axis_off()

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['CLASS_METRICS', 'labelled_splits', 'eval_splits', 'check_overlap', 'check_leakage', 'note_unseen_classes',
            'CheckedSplits', 'checked_splits', 'top1', 'chance_level', 'score_labels', 'label_chance', 'random_twin',
-           'baseline_encoders', 'check_extract_args', 'evaluate']
+           'baseline_encoders', 'check_record_args', 'check_extract_args', 'evaluate']
 
 # %% ../../nbs/evaluation/05_protocol.ipynb #51b22daf
+import os
 import re
 import time
 from dataclasses import dataclass
@@ -403,6 +404,32 @@ def _baseline_values(measure, encoder, protocol, metric, settings, layer, seed):
     return values
 
 # %% ../../nbs/evaluation/05_protocol.ipynb #b85f1c3d
+def _require_path(value, name, what):
+    right = value is None or isinstance(value, (str, os.PathLike)) and str(value).strip() != ''
+    require(right, name, f'the path of {what}, or None', value)
+
+
+def check_record_args(
+    name,  # which encoder this is
+    seed,  # of the random encoder, and for the record
+    baselines,  # whether to measure them
+    out,  # run folder
+):
+    """ValueError for an argument of a wrong kind, of those that all protocols have.
+
+    Args:
+        name: which encoder this is
+        seed: of the random encoder, and for the record
+        baselines: whether to measure them
+        out: run folder
+    """
+    right = name is None or isinstance(name, str)
+    require(right, 'name', 'words for the row of the encoder in tables, or None', name)
+    require_int(seed, 'seed')
+    require(isinstance(baselines, bool), 'baselines', 'True or False', baselines)
+    _require_path(out, 'out', 'a run folder for the record')
+
+
 def check_extract_args(
     protocol: str,  # its name, for the message
     how: dict,  # arguments that are not its own
@@ -419,6 +446,9 @@ def check_extract_args(
     require_known(how, f'{protocol}, beside arguments of its own,', known)
     for name, least in (('batch_size', 1), ('workers', 0), ('resize', 1)):
         require_int(how.get(name), name, least, optional=True)
+    amp = how.get('amp', False)
+    require(isinstance(amp, bool), 'amp', 'True for bfloat16 autocast, or False', amp)
+    _require_path(how.get('cache'), 'cache', 'a folder for features')
     size = image_size(how.get('size'), 'size', optional=True) or getattr(encoder, 'size', 1)
     resize, side = how.get('resize'), min(height_width(size))
     require(not resize or resize >= side, 'resize', f'at least the cut of {side} pixels', resize)
@@ -472,6 +502,7 @@ def evaluate(
         with its baselines
     """
     began = time.time()
+    check_record_args(name, seed, baselines, out)
     splits = checked_splits(data, layer, targets, encoder, overlap, least)
     train, test, y, v = splits[:4]
     settings = dict(settings, **(check(y, v, splits.used) if check else {}))

@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 import torch
 
-from ..ground.checks import require, require_int, require_number
+from ..ground.checks import require, require_choice, require_int, require_number
 from ..methods.configs import TrainConfig
 from ..methods.method import Method
 from ..models.files import save_encoder
@@ -108,6 +108,8 @@ class Pretrainer:
         self.lr = config.base_lr * config.batch_size / 256 if lr is None else lr
         require_number(self.lr, 'lr', above=0)
         require_int(workers, 'workers', least=0)
+        require_int(save_every, 'save_every', least=1)
+        require_choice(bf16, 'bf16', (None, True, False))
         require_int(knn_every, 'knn_every', least=0, optional=True)
         method.set_data_size(len(data.train), config.batch_size)
         how = dict(seed=seed, device=self.device, workers=workers)

@@ -17,13 +17,14 @@ from ..data.images import ImageData
 from ..evaluation.cache import hash_tensors
 from ssl_patch.evaluation.protocol import (
     chance_level,
+    check_record_args,
     labelled_splits,
     note_unseen_classes,
     random_twin,
     top1,
 )
 from ..evaluation.records import Record, hardware, pack_each, require_writable, run_context
-from ..ground.checks import require, require_known
+from ..ground.checks import require, require_choice, require_int, require_known
 from .classifier import at_size
 from .finetune import FineTuner
 from .labels import label_fraction, label_list
@@ -66,6 +67,7 @@ def finetune(
         **more: fields of `FinetuneConfig`; device, bf16, workers, progress, watch, resize as in
             `FineTuner`
     """
+    check_record_args(name, seed, baselines, out)
     names, usual = ('tiny', 'small', 'base'), (getattr(encoder, 'spec', None) or {}).get('name')
     if config is None:
         config = usual if usual in names else 'tiny'
@@ -96,6 +98,9 @@ class _Runs:
 
     def __init__(self, encoder, data, config, seed, overlap, checkpoints, resume, more):
         self.encoder, self.data, self.config, self.seed = encoder, data, config, seed
+        path = checkpoints is None or isinstance(checkpoints, (str, Path))
+        require(path, 'checkpoints', 'a folder for the runs, or None', checkpoints)
+        require_choice(resume, 'resume', (False, True, 'auto'))
         self.overlap, self.checkpoints, self.resume, self.more = overlap, checkpoints, resume, more
 
     def run(self, start, name):
@@ -226,6 +231,9 @@ def semi_supervised(
     Returns:
         top-1; of more than five classes `chosen` holds top-5, which the papers report
     """
+    check_record_args(name, seed, baselines, out)
+    require_int(subset_seed, 'subset_seed')
+    require_choice(missing, 'missing', ('refuse', 'skip'))
     train, test = labelled_splits(data, 'image')
     if files is None:
         few = label_fraction(train, fraction, subset_seed)

@@ -23,7 +23,7 @@ from ssl_patch.evaluation.features import (
     size_and_device,
 )
 from ..evaluation.protocol import check_leakage, labelled_splits, top1
-from ..ground.checks import height_width, require, require_int
+from ..ground.checks import height_width, require, require_choice, require_int
 from ssl_patch.training.checkpoint import (
     as_identity,
     begin_run,
@@ -165,6 +165,9 @@ class FineTuner:
         at_least = ', the size of the encoder'
         short = min(height_width(size))
         require_int(resize, 'resize', least=short, optional=True, hint=at_least)
+        require_choice(bf16, 'bf16', (None, True, False))
+        require_int(workers, 'workers', least=0)
+        require_choice(watch, 'watch', (True, False))
         self.data, self.train, self.test, self.leak, self.kept = _clean(data, encoder, overlap)
         self.device = require_device(str(device or here))
         self.config, self.epochs = settle_batch(config, len(self.train)), config.epochs

@@ -216,6 +216,7 @@ def semi_supervised_config(
     require_number(fraction, 'fraction', above=0, most=1)
     require_choice(name, 'name', ('instdisc', 'simclr'))
     require_int(batch_size, 'batch_size', least=2, optional=True)
+    require_int(changes.get('epochs'), 'epochs', least=1, optional=True)
     few = fraction < 0.1**1.5  # ours: halfway between 1 % and 10 %, in powers of ten
     common = dict(optimizer='sgd', momentum=0.9, decay_all=True, crop='rrc')
     if name == 'instdisc':  # published; the optimum of the grid is MoCo's
@@ -227,7 +228,7 @@ def semi_supervised_config(
         r |= dict(nesterov=True, weight_decay=0.0)
     if batch_size:  # the rate follows it; simclr: published, instdisc: ours
         r.update(batch_size=batch_size, lr=r['lr'] * batch_size / r['batch_size'])
-    if 'drops' in r and 'epochs' in changes:  # the same shares of another length
+    if 'drops' in r and changes.get('epochs'):  # the same shares of another length
         scale = lambda d: max(1, round(d * changes['epochs'] / r['epochs']))
         r['drops'] = tuple(sorted({scale(d) for d in r['drops']}))
     return FinetuneConfig(**r | changes)

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['LAYERS', 'frozen', 'select_layer', 'size_and_device', 'eval_resize', 'accepted_size', 'as_floats', 'batches_of',
-           'autocast_for', 'extract', 'remeasure_stats', 'RawPixels', 'architecture']
+           'autocast_for', 'extract', 'remeasure_stats', 'RawPixels', 'architecture', 'check_record_args',
+           'check_extract_args']
 
 # %% ../../nbs/evaluation/01_features.ipynb #7f1c4955
 import copy
+import os
 from contextlib import contextmanager
 
 import torch
@@ -21,6 +23,7 @@ from ssl_patch.ground.checks import (
     require,
     require_choice,
     require_int,
+    require_known,
     require_shape,
     size_words,
 )
@@ -373,3 +376,53 @@ def architecture(
         return type(encoder).__name__
     told = {k: v for k, v in spec.items() if v not in (None, 0, 'auto')}
     return ' '.join(f'{v}' if k in ('kind', 'name') else f'{k}={v}' for k, v in told.items())
+
+# %% ../../nbs/evaluation/01_features.ipynb #b85f1c3d
+def _require_path(value, name, what):
+    right = value is None or isinstance(value, (str, os.PathLike)) and str(value).strip() != ''
+    require(right, name, f'the path of {what}, or None', value)
+
+
+def check_record_args(
+    name,  # which encoder this is
+    seed,  # of the random encoder, and for the record
+    baselines,  # whether to measure them
+    out,  # run folder
+):
+    """ValueError for an argument of a wrong kind, of those that all protocols have.
+
+    Args:
+        name: which encoder this is
+        seed: of the random encoder, and for the record
+        baselines: whether to measure them
+        out: run folder
+    """
+    right = name is None or isinstance(name, str)
+    require(right, 'name', 'words for the row of the encoder in tables, or None', name)
+    require_int(seed, 'seed')
+    require(isinstance(baselines, bool), 'baselines', 'True or False', baselines)
+    _require_path(out, 'out', 'a run folder for the record')
+
+
+def check_extract_args(
+    protocol: str,  # its name, for the message
+    how: dict,  # arguments that are not its own
+    encoder: nn.Module,  # that is measured
+):
+    """ValueError for an argument that neither the protocol nor `extract` has, or of a wrong kind.
+
+    Args:
+        protocol: its name, for the message
+        how: arguments that are not its own
+        encoder: that is measured
+    """
+    known = 'batch_size device workers size resize amp cache overlap out'.split()
+    require_known(how, f'{protocol}, beside arguments of its own,', known)
+    for name, least in (('batch_size', 1), ('workers', 0), ('resize', 1)):
+        require_int(how.get(name), name, least, optional=True)
+    amp = how.get('amp', False)
+    require(isinstance(amp, bool), 'amp', 'True for bfloat16 autocast, or False', amp)
+    _require_path(how.get('cache'), 'cache', 'a folder for features')
+    size = image_size(how.get('size'), 'size', optional=True) or getattr(encoder, 'size', 1)
+    resize, side = how.get('resize'), min(height_width(size))
+    require(not resize or resize >= side, 'resize', f'at least the cut of {side} pixels', resize)

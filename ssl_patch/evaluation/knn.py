@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ground.checks import require, require_int, require_number, require_shape
-from .features import size_and_device
-from .protocol import check_extract_args, evaluate, label_chance, score_labels
+from .features import check_extract_args, size_and_device
+from .protocol import evaluate, label_chance, score_labels
 from .records import Record
 
 # %% ../../nbs/evaluation/06_knn.ipynb #a5dfe463

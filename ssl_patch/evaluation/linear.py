@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ground.checks import require_int, require_number
-from .features import size_and_device
-from .protocol import check_extract_args, evaluate, label_chance, score_labels
+from .features import check_extract_args, size_and_device
+from .protocol import evaluate, label_chance, score_labels
 from .records import Record
 
 # %% ../../nbs/evaluation/07_linear.ipynb #342a0c68

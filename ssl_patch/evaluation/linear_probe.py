@@ -34,6 +34,7 @@ from ssl_patch.evaluation.features import (
     as_floats,
     autocast_for,
     batches_of,
+    check_extract_args,
     eval_resize,
     frozen,
     select_layer,
@@ -41,7 +42,6 @@ from ssl_patch.evaluation.features import (
 )
 from .linear import linear_gradients, one_thread
 from ssl_patch.evaluation.protocol import (
-    check_extract_args,
     evaluate,
     label_chance,
     labelled_splits,

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ..data.images import ImageData
 from .cache import hash_tensors
 from .metrics import AP_KINDS, mean_average_precision
+from .features import check_extract_args
 from ssl_patch.evaluation.protocol import (
     CLASS_METRICS,
-    check_extract_args,
     eval_splits,
     evaluate,
     label_chance,

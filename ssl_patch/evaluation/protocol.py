@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['CLASS_METRICS', 'labelled_splits', 'eval_splits', 'check_overlap', 'check_leakage', 'note_unseen_classes',
            'CheckedSplits', 'checked_splits', 'top1', 'chance_level', 'score_labels', 'label_chance', 'random_twin',
-           'baseline_encoders', 'check_record_args', 'check_extract_args', 'evaluate']
+           'baseline_encoders', 'evaluate']
 
 # %% ../../nbs/evaluation/05_protocol.ipynb #51b22daf
-import os
 import re
 import time
 from dataclasses import dataclass
@@ -17,12 +16,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ground.checks import height_width, image_size
-from ..ground.checks import require, require_choice, require_int, require_known
+from ..ground.checks import require, require_choice
 from ..data.fingerprints import can_fingerprint, is_in
 from ..data.images import ImageData, Images
 from .cache import cached_features, hash_tensors
-from .features import LAYERS, RawPixels, eval_resize, size_and_device
+from ssl_patch.evaluation.features import (
+    LAYERS,
+    RawPixels,
+    check_extract_args,
+    check_record_args,
+    eval_resize,
+    size_and_device,
+)
 from .metrics import per_class
 from ssl_patch.evaluation.records import (
     Record,
@@ -402,56 +407,6 @@ def _baseline_values(measure, encoder, protocol, metric, settings, layer, seed):
             memory[key] = measure(baseline, its_layer, hashed).value
         values[name] = memory[key]
     return values
-
-# %% ../../nbs/evaluation/05_protocol.ipynb #b85f1c3d
-def _require_path(value, name, what):
-    right = value is None or isinstance(value, (str, os.PathLike)) and str(value).strip() != ''
-    require(right, name, f'the path of {what}, or None', value)
-
-
-def check_record_args(
-    name,  # which encoder this is
-    seed,  # of the random encoder, and for the record
-    baselines,  # whether to measure them
-    out,  # run folder
-):
-    """ValueError for an argument of a wrong kind, of those that all protocols have.
-
-    Args:
-        name: which encoder this is
-        seed: of the random encoder, and for the record
-        baselines: whether to measure them
-        out: run folder
-    """
-    right = name is None or isinstance(name, str)
-    require(right, 'name', 'words for the row of the encoder in tables, or None', name)
-    require_int(seed, 'seed')
-    require(isinstance(baselines, bool), 'baselines', 'True or False', baselines)
-    _require_path(out, 'out', 'a run folder for the record')
-
-
-def check_extract_args(
-    protocol: str,  # its name, for the message
-    how: dict,  # arguments that are not its own
-    encoder: nn.Module,  # that is measured
-):
-    """ValueError for an argument that neither the protocol nor `extract` has, or of a wrong kind.
-
-    Args:
-        protocol: its name, for the message
-        how: arguments that are not its own
-        encoder: that is measured
-    """
-    known = 'batch_size device workers size resize amp cache overlap out'.split()
-    require_known(how, f'{protocol}, beside arguments of its own,', known)
-    for name, least in (('batch_size', 1), ('workers', 0), ('resize', 1)):
-        require_int(how.get(name), name, least, optional=True)
-    amp = how.get('amp', False)
-    require(isinstance(amp, bool), 'amp', 'True for bfloat16 autocast, or False', amp)
-    _require_path(how.get('cache'), 'cache', 'a folder for features')
-    size = image_size(how.get('size'), 'size', optional=True) or getattr(encoder, 'size', 1)
-    resize, side = how.get('resize'), min(height_width(size))
-    require(not resize or resize >= side, 'resize', f'at least the cut of {side} pixels', resize)
 
 # %% ../../nbs/evaluation/05_protocol.ipynb #73556a4c
 def evaluate(

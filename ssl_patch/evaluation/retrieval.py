@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.images import ImageData
-from .features import size_and_device
+from .features import check_extract_args, size_and_device
 from .knn import topk_similar
-from .protocol import check_extract_args, evaluate, labelled_splits
+from .protocol import evaluate, labelled_splits
 from .records import Record, Score
 from ..ground.checks import require, require_choice, require_int
 

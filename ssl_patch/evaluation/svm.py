@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..data.images import ImageData
 from .logistic import require_sklearn
 from .metrics import AP_KINDS, average_precision, mean_average_precision
-from .protocol import check_extract_args, evaluate, labelled_splits
+from .features import check_extract_args
+from .protocol import evaluate, labelled_splits
 from .records import Record, Score
 from ..ground.checks import require, require_choice, require_int, require_number
 

@@ -27,6 +27,7 @@ import torch
 import ssl_patch
 from ..evaluation.records import hardware
 from ..ground.checks import require, require_choice, shown
+from .continuing import NAMES_OF_BEFORE, require_continuable
 
 # %% ../../nbs/training/02_checkpoint.ipynb #534bfe59
 @contextmanager
@@ -136,8 +137,14 @@ class RunFolder:
         return (self.path / 'checkpoint.pt').is_file()
 
     def config(self) -> dict:
-        "What config.json says."
-        return json.loads((self.path / 'config.json').read_text(encoding='utf-8'))
+        "What config.json says. `ValueError` where it cannot be read."
+        path = self.path / 'config.json'
+        try:
+            said = json.loads(path.read_text(encoding='utf-8'))
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f'{path} cannot be read: {e}') from e
+        require(isinstance(said, dict), str(path), 'a dict, as a run writes it', said)
+        return said
 
     def write_config(
         self,
@@ -255,7 +262,11 @@ def open_run(
     if not (out or resume):
         return None, None
     folder = open_run_folder(out, resume)
-    return folder, folder.load(device) if resume and folder.resumable else None
+    if not resume or not folder.resumable:
+        return folder, None
+    state = folder.load(device)
+    require_continuable(folder, state)
+    return folder, state
 
 # %% ../../nbs/training/02_checkpoint.ipynb #d60bfd4a
 def begin_run(
@@ -342,7 +353,7 @@ def require_same_run(
     Returns:
         dotted name -> [what the checkpoint has, what this run has], where they may differ
     """
-    if {'training', 'recipe', 'views'} & theirs.keys():  # names of before
+    if NAMES_OF_BEFORE & theirs.keys():
         raise ValueError(
             'the checkpoint was made by an earlier version of ssl_patch, which cannot be resumed; '
             'its encoder can still be opened, with open_encoder'

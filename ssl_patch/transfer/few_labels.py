@@ -15,9 +15,9 @@ from torch import nn
 
 from ..data.images import ImageData
 from ..evaluation.cache import hash_tensors
+from ..evaluation.features import check_record_args
 from ssl_patch.evaluation.protocol import (
     chance_level,
-    check_record_args,
     labelled_splits,
     note_unseen_classes,
     random_twin,

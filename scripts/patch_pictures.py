@@ -3,7 +3,7 @@ from run folders of run_experiments.py.
 
     python scripts/patch_pictures.py runs/dense_resnet runs/dense_vit runs/aps_cifar10 \\
         --data cifar10 --out nbs/results/records/patch_pictures --only 'MoCo v2' DenseCL RepCo \\
-        'MoCo v3' 'APS power 3' 'local to global' 'RepCo on MoCo v3'
+        'MoCo v3' 'APS gamma 3' 'local to global' 'RepCo on MoCo v3'
 
 Writes matches.json and JPEG files. The photographs are those that come with the package; --data is
 where the match numbers are measured.

@@ -26,9 +26,9 @@ RESNET = '--encoder resnet18 --width 16'.split()
 # name of a row -> (method, its options)
 SOFT = {'MoCo v2': ('moco_v2',), 'ReSSL': ('ressl',), 'CO2': ('co2',)}
 SOFT |= {f'SCE lam {lam:g}': ('sce', f'lam={lam:g}') for lam in (0, 0.25, 0.5, 0.75, 1)}
-APS = {f'APS power {power}': ('aps', f'gamma={power}') for power in (0, 1, 3, 10)} | {
-    'APS power 3, flips ignored': ('aps', 'flip_aware=False'),
-    'all tokens': ('aps', 'keep_ratio=1.', 'num_draws=1'),
+APS = {f'APS gamma {power}': ('aps', f'gamma={power}') for power in (0, 1, 3, 10)} | {
+    'APS gamma 3, flips ignored': ('aps', 'flip_aware=False'),
+    'all patches': ('aps', 'keep_ratio=1.', 'num_draws=1'),
     'MoCo v3': ('moco_v3', *SMALL_HEADS),
 }
 DENSE_VIT = {  # that preset has the augmentations of MoCo v3

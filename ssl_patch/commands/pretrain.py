@@ -60,6 +60,9 @@ class Setup:
     encoder: str = 'vit_tiny'
     "'vit_tiny', 'vit_small', 'vit_base', 'resnet18', ..., or timm/NAME, torchvision/NAME"
 
+    pretrained: bool = False
+    'of timm/NAME or torchvision/NAME: begin with published weights, fetched where they are not here'
+
     size: int = 32
     'side of the views, pixels'
 
@@ -127,7 +130,13 @@ class Setup:
             self.width,
             self.depth,
             self.heads,
+            self.pretrained,
+            fetch=not self.has_checkpoint(),
         )
+
+    def has_checkpoint(self) -> bool:
+        "Whether weights are there already, of a run that goes on."
+        return False
 
     def build_method(self):
         "The method that these options describe, with seeded weights."
@@ -204,6 +213,10 @@ class Pretrain(Setup):
     progress: str | None = None
     "'terminal', 'lines' or 'quiet'; by default found out"
 
+    def has_checkpoint(self) -> bool:
+        "Whether weights are there already, of a run that goes on."
+        return (Path(self.out).expanduser() / 'checkpoint.pt').is_file()
+
     def begun(self) -> 'Pretrain':
         "The command that began the run in `out`, to go on with. `ValueError` for another option."
         first = saved(self.out, resumable=True)
@@ -234,8 +247,7 @@ class Pretrain(Setup):
 
     def go(self) -> Pretrainer:
         "Train to the end."
-        known = (Path(self.out).expanduser() / 'checkpoint.pt').is_file()
-        me = self.begun() if self.resume is True or self.resume and known else self
+        me = self.begun() if self.resume is True or self.resume and self.has_checkpoint() else self
         place = Path(me.data).expanduser()  # another working folder finds it too
         data = str(place.resolve()) if place.exists() else me.data
         cli = asdict(replace(me, data=data, resume=False))

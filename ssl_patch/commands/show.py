@@ -44,7 +44,7 @@ def patch_figures(
 ):
     "Name and figure: patch features as colours, and what the patch losses of the method compare."
     x = torch.stack([resize_center_crop(s, encoder.size) for s in sources])
-    yield 'tokens', show_patch_pca({'random': encoder.reinitialized(seed), 'trained': encoder}, x)
+    yield 'patches', show_patch_pca({'random': encoder.reinitialized(seed), 'trained': encoder}, x)
     if method.patch_loss is None:
         return
     views = [
@@ -86,7 +86,8 @@ class Show:
     def figures(self):
         "Name and figure, one after the other."
         require_int(self.images, 'images', least=1)
-        data, method = replace(saved(self.run, resumable=True), modules=self.modules).build()
+        began = replace(saved(self.run, resumable=True), out=self.run, modules=self.modules)
+        data, method = began.build()
         encoder = load_encoder(Path(self.run).expanduser() / 'encoder.safetensors')
         grid, sampler = method.encoder.grid, method.patch_sampler
         sources = lively(data.train, self.images, self.seed)

@@ -17,7 +17,12 @@ from ..data.sources import images
 from ..data.voc import voc07
 from ..ground.checks import require, require_choice, require_int, require_known
 from ..models.encoders import resnet, vit
-from ..models.libraries import from_timm, from_torchvision, library_name
+from ssl_patch.models.libraries import (
+    from_timm,
+    from_torchvision,
+    library_name,
+    published_name,
+)
 from ..views.augmentations import Augmentation
 
 # %% ../../nbs/commands/01_words.ipynb #c1000006
@@ -49,8 +54,11 @@ def encoder_from_words(
     width: int | None = None,  # of either, where it differs from the named one
     depth: int | None = None,  # of a ViT, likewise
     heads: int | None = None,  # of a ViT, likewise
+    pretrained: bool = False,  # begin with the published weights of timm or torchvision
+    fetch: bool = True,  # False: that network, its weights come from elsewhere
 ):
-    "An encoder by its name, with random weights. `ValueError` for names that are not known."
+    """An encoder by its name, with random weights unless told. `ValueError` for names that are not
+    known, `FileNotFoundError` for weights that are neither here nor to be downloaded."""
     require_choice(feature_layer, 'feature_layer', ('layer4', 'layer3'))
     require_choice(stem, 'stem', ('auto', 'small', 'half', 'imagenet'))
     given = dict(width=width, depth=depth, heads=heads)
@@ -63,7 +71,12 @@ def encoder_from_words(
         odd = [k for k, v in given.items() if v is not None]
         require(not odd, ' and '.join(odd), f'left out, as {name} has its own', odd)
         library, network = library_name(name)
-        return dict(timm=from_timm, torchvision=from_torchvision)[library](network, size)
+        if pretrained:
+            network = published_name(library, network)
+        build = dict(timm=from_timm, torchvision=from_torchvision)[library]
+        return build(network, size, pretrained=pretrained and fetch)
+    what = 'left out, as only timm/NAME and torchvision/NAME have published weights'
+    require(not pretrained, 'pretrained', what, pretrained)
     if name.startswith('vit_'):
         return vit(name[4:], size, patch, variant or 'aps', **given)
     if depth or heads:
@@ -129,6 +142,10 @@ def import_modules(
     if names and here not in sys.path:
         sys.path.insert(0, here)
     for name in names:
+        if name.endswith('.py') or '/' in name or '\\' in name:
+            dotted = '.'.join(Path(name).with_suffix('').parts).lstrip('./\\')
+            what = f'the name of a module, without .py, as Python imports it: {dotted}'
+            require(False, '--modules', what, name)
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as e:

@@ -37,6 +37,7 @@ from ssl_patch.training.progress import (
     calm_stop,
     collapse_stats,
     detect_collapse,
+    knn_note,
     online_knn,
     plot_curves,
     require_finite_loss,
@@ -126,6 +127,7 @@ class Pretrainer:
         self.knn_every = math.ceil(self.epochs / 10) if knn_every is None else knn_every
         if data.test is None or data.test.labels is None or data.train.labels is None:
             self.knn_every = 0
+        self.knn_note = knn_note(data) if self.knn_every else ''
 
         self.optimizer = make_optimizer(method, config, self.lr)
         self.schedule = Schedule(config, self.lr, len(self.loader))
@@ -240,7 +242,7 @@ class Pretrainer:
             self.progress.say(f'epoch {epoch}: {detect_collapse(row)}')
         if self.folder and (epoch % self.save_every == 0 or epoch == self.epochs):
             self.save()
-        knn = '' if row['knn'] is None else f'  kNN {row["knn"]:.3f}'
+        knn = '' if row['knn'] is None else f'  kNN {row["knn"]:.3f}{self.knn_note}'
         text = f'epoch {epoch}/{self.epochs}  loss {row["loss"]:.3f}{knn}'
         more = f'key_std {row["key_std"]:.2f}  {row["images_per_s"]:.0f} images/s'
         self.progress.epoch(self.batches, text, more, self.curves, last=epoch == self.epochs)

@@ -96,7 +96,7 @@ def test_show_draws_what_the_patch_losses_compare(folder):
     )
     assert run('pretrain', '--data', folder / 'pics', '--out', folder / 'd', words) == 0
     assert run('show', folder / 'd', '--images', 1) == 0
-    drawn = {'views_0.png', 'tokens.png', 'matches_0.png', 'pairs_0.png', 'neighbours.png'}
+    drawn = {'views_0.png', 'patches.png', 'matches_0.png', 'pairs_0.png', 'neighbours.png'}
     assert drawn <= set(os.listdir(folder / 'd'))
 
 

@@ -15,6 +15,7 @@ from ssl_patch.training.pretrain import Pretrainer
 
 NET = '--encoder vit_tiny --size 16 --patch 4 --width 32 --depth 1 --heads 2 --batch-size 8'
 TRAIN = f'pretrain --data pics --out new --progress quiet {NET}'
+FEW = 'probe run --protocols semi_supervised --settings semi_supervised'
 PLAIN = 'pretrain --data pics --out new --progress quiet --batch-size 8'
 
 
@@ -22,6 +23,16 @@ def change(folder, **what):
     "The configuration of a run, with other entries."
     path = folder / 'config.json'
     path.write_text(json.dumps(json.loads(path.read_text()) | what))
+
+
+def config(folder, **what):
+    "How a run was trained, with other entries."
+    return json.loads((folder / 'config.json').read_text())['train_config'] | what
+
+
+def state(folder):
+    "What the checkpoint of a run holds."
+    return torch.load(folder / 'checkpoint.pt', weights_only=True)
 
 
 BROKEN = dict(
@@ -38,6 +49,9 @@ BROKEN = dict(
     columns=lambda f: (f / 'metrics.csv').write_text('epoch,loss\n1,2,3\n'),
     records=lambda f: (f / 'records.jsonl').write_text('[1]'),
     encoder=lambda f: (f / 'encoder.safetensors').write_text('hello'),
+    headless=lambda f: (f / 'metrics.csv').write_text('step,loss\n1,2.0\n'),
+    rateless=lambda f: change(f, train_config=config(f, weight_decay='x')),
+    stateless=lambda f: torch.save(state(f) | dict(optimizer=3, history=[{}]), f / 'checkpoint.pt'),
 )
 
 
@@ -114,6 +128,43 @@ LINES = [
     ('probe run --out a_file', 'a_file'),
     ('probe run --settings knn.k=abc', 'k must be a whole number'),
     ('probe run --settings linear.lr=x --protocols linear', 'lr must be a number'),
+    *[
+        (
+            f'probe run --settings knn.{name}=3',
+            f'--{name} says it for all protocols; settings of knn',
+        )
+        for name in ('name', 'seed', 'baselines', 'overlap', 'out', 'cache', 'size', 'device')
+    ],
+    ('probe run --settings knn.amp=3', 'amp must be True for bfloat16 autocast, or False, got 3'),
+    ('probe run --settings knn.batch_size=x', 'batch_size must be a whole number'),
+    ('probe run --protocols finetune --settings finetune.bf16=x', 'bf16 must be one of'),
+    ('probe run --protocols finetune --settings finetune.watch=x', 'watch must be one of'),
+    ('probe run --protocols finetune --settings finetune.workers=x', 'workers must be'),
+    ('probe run --protocols finetune --settings finetune.checkpoints=3', 'checkpoints must be'),
+    (f'{FEW}.epochs=x', 'epochs must be a whole number'),
+    (f'{FEW}.missing=x', "missing must be one of 'refuse' or 'skip'"),
+    (f'{FEW}.subset_seed=x', 'subset_seed must be a whole number'),
+    (
+        f'{TRAIN} --modules my.py',
+        'the name of a module, without .py, as Python imports it: my, got',
+    ),
+    (f'{TRAIN} --modules lab/my.py', 'without .py, as Python imports it: lab.my, got'),
+    (f'{TRAIN} --augmentation turns=2', 'turns must be a number at least 0 and at most 1'),
+    (f'{TRAIN} --pretrained', 'pretrained must be left out, as only timm/NAME'),
+    (f'{PLAIN} --encoder timm/test_vit --pretrained --method moco_v2', 'neither on this machine'),
+    (
+        'pretrain --out bare --resume --epochs 2',
+        'bare/config.json: its train_config must be a dict',
+    ),
+    (
+        'pretrain --out headless --resume --epochs 2',
+        'metrics.csv must be a table with a column epoch',
+    ),
+    (
+        'pretrain --out rateless --resume --epochs 2',
+        "weight_decay as the checkpoint has it, got {'w",
+    ),
+    ('pretrain --out stateless --resume --epochs 2', 'that of a run, with its optimizer, history'),
     ('probe a_file', 'a_file'),
     ('probe --encoder text.pt --data pics', 'text.pt'),
     ('probe --encoder text.safetensors --data pics', 'text.safetensors'),
@@ -141,13 +192,23 @@ LINES = [
 ]
 
 
+def contents(folder):
+    "Size and time of every file."
+    files = (f for f in sorted(folder.rglob('*')) if f.is_file() and '__pycache__' not in f.parts)
+    return {f: (f.stat().st_size, f.stat().st_mtime_ns) for f in files}
+
+
 @pytest.mark.parametrize('line, word', LINES, ids=[line[-60:] or 'nothing' for line, _ in LINES])
 def test_a_wrong_command_line(place, capsys, monkeypatch, line, word):
     monkeypatch.chdir(place)
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     monkeypatch.setattr(Pretrainer, 'fit', lambda self: pytest.fail('it trained'))
+    before = contents(place)
     with pytest.raises(SystemExit) as end:
         main(line.split())
     said = capsys.readouterr().err
+    assert contents(place) == before, 'a file was lost or changed'
     assert end.value.code == 2 and said.count('\n') == 1 and said.startswith('ssl_patch: ')
     assert word in said and 'SSL_PATCH_TRACEBACK' not in said, said
     assert len(said) < 900
@@ -210,3 +271,27 @@ def test_networks_of_libraries_are_pretrained_from_the_shell(place, monkeypatch,
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert not all(torch.equal(first[k], other[k]) for k in first)
     assert encoder_from_words(name, 32).spec['kind'] == name.split('/')[0]
+
+
+def test_published_weights_are_begun_with_and_fetched_only_once(place, tmp_path, monkeypatch):
+    "A run that goes on has weights of its own: nothing is looked for elsewhere."
+    from torchvision.models import resnet18
+    from ssl_patch.commands.pretrain import Pretrain
+
+    monkeypatch.chdir(place)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    monkeypatch.setattr('urllib.request.urlopen', lambda *a, **k: pytest.fail('it was fetched'))
+    kept = tmp_path / 'hub' / 'checkpoints' / 'resnet18-f37072fd.pth'
+    kept.parent.mkdir(parents=True)
+    published = resnet18()
+    torch.save(published.state_dict(), kept)
+    out = tmp_path / 'run'
+    words = dict(data='pics', method='moco_v2', encoder='torchvision/resnet18', size=32)
+    words |= dict(batch_size=16, progress='quiet', workers=0, out=str(out), pretrained=True)
+    begun = Pretrain(**words, epochs=1)
+    assert torch.equal(begun.build_method().encoder.net.conv1.weight, published.conv1.weight)
+    begun.go()
+    kept.unlink()  # on another machine
+    run = Pretrain(out=str(out), resume=True, epochs=2, progress='quiet').go()
+    assert len(run.history) == 2
+    assert run.encoder.spec['name'] == 'resnet18.IMAGENET1K_V1'

@@ -100,12 +100,26 @@ def runs(tmp_path):
 # ---------------------------------------------------------------- reading
 def test_a_folder_as_a_run(tmp_path):
     run = load_run(write(tmp_path, 'APS_power_3_flips_ignored', 12, 0.5))
-    assert (run.name, run.seed, run.config) == ('APS power 3 flips ignored', 12, CONFIG)
+    assert (run.name, run.seed, run.config) == ('APS gamma 3 flips ignored', 12, CONFIG)
     assert run.history == [
         dict(epoch=1, batches=10, loss=4.5, seconds=60),
         dict(epoch=2, batches=20, loss=3.5, seconds=120, knn=0.3),
     ]
-    assert repr(run) == 'APS power 3 flips ignored, seed 12: 2 epochs, kNN 0.500'
+    assert repr(run) == 'APS gamma 3 flips ignored, seed 12: 2 epochs, kNN 0.500'
+
+
+def test_an_argument_that_was_renamed_is_called_by_its_name_of_today(tmp_path):
+    "On reading: the file keeps what was measured under which name."
+    folder = write(tmp_path, 'APS_power_10', 0, 0.5, protocols=())
+    Record('kNN', 0.5, 'APS power 10', 'cifar10', 0.1).save(folder)
+    run = load_run(folder)
+    assert (run.name, run.records[0].encoder) == ('APS gamma 10', 'APS gamma 10')
+    assert 'APS power 10' in (folder / 'records.jsonl').read_text()
+    assert load_run(write(tmp_path, 'all_tokens', 0, 0.5)).name == 'all patches'
+    assert load_run(write(tmp_path, 'power_APS_powers', 0, 0.5)).name == 'power APS powers'
+    assert '| APS gamma 10 ' in str(experiment_log(tmp_path))
+    said = str(experiment_log(tmp_path))
+    assert 'as typed at the commit of each run: options may have other names now' in said
 
 
 @pytest.mark.parametrize('name', ['run', 'run_seed', 'run_seedx', '_seed0'])

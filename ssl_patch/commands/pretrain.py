@@ -61,7 +61,7 @@ class Setup:
     "'vit_tiny', 'vit_small', 'vit_base', 'resnet18', ..., or timm/NAME, torchvision/NAME"
 
     pretrained: bool = False
-    'of timm/NAME or torchvision/NAME: begin with published weights, fetched where they are not here'
+    'of timm/NAME or torchvision/NAME: begin with the published weights; else nothing is fetched'
 
     size: int = 32
     'side of the views, pixels'

@@ -216,7 +216,7 @@ def experiment_log(
         listed += told
     lines.append(_LEGEND)
     if commands:
-        head = '<details><summary>The commands, by number, as typed at the commit of each run; N is the '
-        head += 'seed; options may have other names now (CHANGELOG)</summary>'
+        typed = 'as typed at the commit of each run: options may have other names now (CHANGELOG)'
+        head = f'<details><summary>The commands, by number, {typed}; N is the seed</summary>'
         lines += ['', head, '', *(_numbered(*told) for told in listed), '', '</details>']
     return Table('\n'.join(lines))

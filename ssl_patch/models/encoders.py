@@ -27,6 +27,7 @@ from ssl_patch.models.interface import (
     Features,
     register_encoder,
     require_divided,
+    spec_channels,
     spec_side,
     spec_size,
 )
@@ -55,7 +56,7 @@ def sincos_positions(
 _vit_sizes = dict(tiny=(192, 12, 3), small=(384, 12, 6), base=(768, 12, 12))  # width, depth, heads
 
 
-def _vit_net(variant, size, patch, width, depth, heads, drop_path):
+def _vit_net(variant, size, patch, width, depth, heads, drop_path, channels=3):
     "timm's `VisionTransformer` in the shape of either paper, without a classifier."
     with warnings.catch_warnings():
         # one of timm's dependencies asks for notebook widgets that nothing here uses
@@ -65,6 +66,7 @@ def _vit_net(variant, size, patch, width, depth, heads, drop_path):
     return VisionTransformer(
         size,
         patch,
+        channels,
         embed_dim=width,
         depth=depth,
         num_heads=heads,
@@ -95,7 +97,8 @@ def _init_moco_v3(net):
         nn.init.zeros_(m.bias)
     nn.init.normal_(net.cls_token, std=1e-6)
     conv = net.patch_embed.proj
-    bound = math.sqrt(6 / (3 * conv.kernel_size[0] ** 2 + conv.out_channels))
+    fan_in = conv.in_channels * conv.kernel_size[0] ** 2
+    bound = math.sqrt(6 / (fan_in + conv.out_channels))
     nn.init.uniform_(conv.weight, -bound, bound)
     nn.init.zeros_(conv.bias)
     net.pos_embed.copy_(sincos_positions(net.patch_embed.grid_size, net.embed_dim)[None])
@@ -238,6 +241,7 @@ def vit(
     depth: int | None = None,  # instead of the named number of blocks
     heads: int | None = None,  # instead of the named number of heads
     drop_path: float = 0.0,  # stochastic depth
+    channels: int = 3,  # bands of the images
 ) -> ViT:
     """A vision transformer. `ValueError` for unknown names, and for sizes that do not divide.
 
@@ -250,10 +254,13 @@ def vit(
         depth: instead of the named number of blocks
         heads: instead of the named number of heads
         drop_path: stochastic depth
+        channels: bands of the images
     """
     size = image_size(size, 'size')
     spec = dict(kind='vit', name=name, size=size, patch=patch, variant=variant)
     spec |= dict(width=width, depth=depth, heads=heads, drop_path=drop_path)
+    require_int(channels, 'channels', least=1)
+    spec |= dict(channels=channels) if channels != 3 else {}
     require_choice(name, 'name', _vit_sizes)
     require_choice(variant, 'variant', ('aps', 'moco_v3'))
     require_int(patch, 'patch', least=1)
@@ -266,7 +273,7 @@ def vit(
         h = 12
     w, d, h = width or w, depth or d, heads or h
     require(w % h == 0, 'width', f'a multiple of heads={h}', w)
-    net = _vit_net(variant, size, patch, w, d, h, drop_path)
+    net = _vit_net(variant, size, patch, w, d, h, drop_path, channels)
     (_init_aps if variant == 'aps' else _init_moco_v3)(net)
     return ViT(net, spec)
 
@@ -282,6 +289,7 @@ register_encoder(
     depth=partial(require_int, least=1, most=256, optional=True),
     heads=partial(require_int, least=1, most=256, optional=True),
     drop_path=partial(require_number, least=0, most=1),
+    channels=spec_channels,
 )
 
 # %% ../../nbs/models/01_encoders.ipynb #d3c6eac1
@@ -429,6 +437,7 @@ def resnet(
     width: int = 64,  # channels of the first stage
     feature_layer: str = 'layer4',  # the map whose cells are the patches, or 'layer3' before it
     zero_init_residual: bool = False,  # last norm of a block scales by 0 at first (MoCo v3)
+    channels: int = 3,  # bands of the images
 ) -> ResNet:
     """A residual network without its classifier. `ValueError` for unknown names, layers and widths.
 
@@ -439,6 +448,7 @@ def resnet(
         width: channels of the first stage
         feature_layer: the map whose cells are the patches, or 'layer3' before it
         zero_init_residual: last norm of a block scales by 0 at first (MoCo v3)
+        channels: bands of the images
     """
     size = image_size(size, 'size')
     require_choice(feature_layer, 'feature_layer', ('layer4', 'layer3'))
@@ -450,14 +460,20 @@ def resnet(
     net, dim = _resnet_net(name, width, zero_init_residual)
     net.fc = nn.Identity()
     kernel, stride, pool = _stems[stem]
+    require_int(channels, 'channels', least=1)
+    if not pool or channels != 3:
+        net.conv1 = nn.Conv2d(channels, width, kernel, stride, kernel // 2, bias=False)
     if not pool:
-        net.conv1 = nn.Conv2d(3, width, kernel, stride, kernel // 2, bias=False)
         net.maxpool = nn.Identity()
+    elif channels != 3:  # as torchvision draws it
+        nn.init.kaiming_normal_(net.conv1.weight, mode='fan_out', nonlinearity='relu')
     spec = dict(kind='resnet', name=name, size=size, stem=stem, width=width)
     if feature_layer != 'layer4':
         spec['feature_layer'] = feature_layer
     if zero_init_residual:
         spec['zero_init_residual'] = True
+    if channels != 3:
+        spec['channels'] = channels
     return ResNet(net, spec, size, dim)
 
 
@@ -470,4 +486,5 @@ register_encoder(
     width=partial(require_int, least=1, most=2048),
     feature_layer=partial(require_choice, choices=('layer4', 'layer3')),
     zero_init_residual=partial(require_choice, choices=(True, False)),
+    channels=spec_channels,
 )

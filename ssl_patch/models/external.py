@@ -14,17 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..ground.checks import height_width, image_size, require, size_words
+from ..ground.checks import height_width, image_size, require, require_int
+from ..ground.checks import size_words
 from ssl_patch.models.interface import (
     Encoder,
     Features,
     ImageOnly,
     precision_of,
     register_encoder,
-    require_stats,
+    spec_channels,
     spec_side,
     spec_size,
 )
+from .channels import require_stats
 from .stages import conv_stages
 from ssl_patch.models.weights import (
     Found,
@@ -90,7 +92,7 @@ class ExternalEncoder(Encoder):
         """
         modes, shape = [(m, m.training) for m in self.modules()], height_width(size)
         like = dict(dtype=precision_of(self), device=self.mean.device)
-        x = torch.zeros(self.tried_on, 3, *shape, **like)
+        x = torch.zeros(self.tried_on, self.channels, *shape, **like)
         try:
             with torch.no_grad():
                 return (read or self.eval().read)(self.net, x)
@@ -176,13 +178,8 @@ class ExternalEncoder(Encoder):
         return Features(image, *patches)
 
     def read_stages(self, net, x):
-        "Maps of several stages of a convolutional network, in its order; of tokens one map."
-        found = conv_stages(net, x, lambda: self.read(net, x))
-        if not found:
-            patches = self.read(net, x)[1]
-            require(not isinstance(patches, str), self.label, 'a network with maps', patches)
-            found = [patches[0].transpose(1, 2).unflatten(2, patches[1])]
-        return found
+        "Maps of several stages, finest first."
+        return conv_stages(net, x, lambda: self.read(net, x), self.label)
 
     def stage_maps(
         self,
@@ -392,19 +389,21 @@ class OwnEncoder(ExternalEncoder):
 
 
 def wrap(
-    net: nn.Module,  # maps (B,3,H,W) to vectors (B,D), a map (B,C,r,c) or `Features`
+    net: nn.Module,  # maps (B,3,H,W) to vectors (B,D), a map (B,D,r,c) or `Features`
     size: int | tuple | None = None,  # of images: a side, or (height, width); None: `net.size`
     stats: tuple | None = None,  # (mean, std) of [0,1] pixels that it wants; None: [0,1] as it is
     resize: int | None = None,  # side before the cut of `size`, for photographs; None: `size`
+    channels: int = 3,  # bands of the images that it takes
 ) -> OwnEncoder:  # in eval mode, with `net` itself inside
     """A network of your own as an encoder, which trains, is saved and measured as others are. Its
     widths are found by trying it. `ValueError` for what cannot be one.
 
     Args:
-        net: maps (B,3,H,W) to vectors (B,D), a map (B,C,r,c) or `Features`
+        net: maps (B,3,H,W) to vectors (B,D), a map (B,D,r,c) or `Features`
         size: of images: a side, or (height, width); None: `net.size`
         stats: (mean, std) of [0,1] pixels that it wants; None: [0,1] as it is
         resize: side before the cut of `size`, for photographs; None: `size`
+        channels: bands of the images that it takes
 
     Returns:
         in eval mode, with `net` itself inside
@@ -414,15 +413,17 @@ def wrap(
     require(is_net, 'net', what, net if isinstance(net, type) else type(net))
     size = getattr(net, 'size', None) if size is None else size
     size = image_size(size, 'size')
-    require_stats(stats)
+    require_int(channels, 'channels', least=1)
+    require_stats(stats, channels)
     spec = dict(kind='own', name=type(net).__name__, size=size)
+    spec |= dict(channels=channels) if channels != 3 else {}
     spec |= dict(resize=resize) if resize else {}
     encoder = OwnEncoder(net, read_own, spec, size, resize or min(height_width(size)))
     first = next((t.device for t in [*net.parameters(), *net.buffers()]), 'cpu')
-    return encoder.to(first).set_stats(*stats or ((0.0,) * 3, (1.0,) * 3))
+    return encoder.to(first).set_stats(*stats or ((0.0,) * channels, (1.0,) * channels))
 
 
-def _own_from_spec(name, size, resize=None):
+def _own_from_spec(name, size, resize=None, channels=3):
     "There is no code in a file."
     raise ValueError(f'a file of {name}, a network of your own, has its weights alone: arch=net')
 
@@ -432,7 +433,8 @@ def _require_word(value, name):
     require(fine, name, 'a name', value)
 
 
-register_encoder('own', _own_from_spec, name=_require_word, size=spec_size, resize=spec_side)
+_own_fields = dict(size=spec_size, resize=spec_side, channels=spec_channels)
+register_encoder('own', _own_from_spec, name=_require_word, **_own_fields)
 
 # %% ../../nbs/models/05_external.ipynb #bdd2bfdd
 def _library_reader(encoder):
@@ -478,7 +480,7 @@ def fill_encoder(
     where = found.weights.get('pos_embed')
     foreign = where is not None and flat[found.prefix + 'pos_embed'].shape != where.shape
     plain = not encoder.mean.any() and bool((encoder.std == 1).all())
-    if foreign and plain and not isinstance(encoder, ExternalEncoder):
+    if foreign and plain and encoder.spec.get('kind') == 'vit' and encoder.channels == 3:
         from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
         encoder.set_stats(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)  # no such file says its own

@@ -27,9 +27,11 @@ from ssl_patch.models.interface import (
     image_side,
     register_encoder,
     require_divided,
+    spec_channels,
     spec_side,
     spec_size,
 )
+from .channels import fit_channels
 from .weights import first_line
 
 # %% ../../nbs/models/06_libraries.ipynb #ac9f9199
@@ -180,6 +182,7 @@ def from_timm(
     size: int | tuple | None = None,  # a side, or (height, width), pixels; None: the published one
     resize: int | None = None,  # short side before the cut; None: the published one, in proportion
     pretrained: bool = False,  # the published weights, or random ones
+    channels: int = 3,  # bands of the images; of published weights the first layer is `inflated`
     **args,  # of timm's `create_model`: num_heads=12, img_size=..., drop_path_rate=...
 ) -> ExternalEncoder:  # in eval mode
     """A timm network without classifier. `ValueError` for what timm does not know or cannot build.
@@ -189,6 +192,7 @@ def from_timm(
         size: a side, or (height, width), pixels; None: the published one
         resize: short side before the cut; None: the published one, in proportion
         pretrained: the published weights, or random ones
+        channels: bands of the images; of published weights the first layer is `inflated`
         **args: of timm's `create_model`: num_heads=12, img_size=..., drop_path_rate=...
 
     Returns:
@@ -196,6 +200,7 @@ def from_timm(
     """
     _require_network('timm', name)
     size = _checked_size(size, resize)
+    require_int(channels, 'channels', least=1)
     timm, label = _timm(), f'timm/{name}'
     cfg = timm.models.get_pretrained_cfg(name)
     if pretrained and not cfg.has_weights:
@@ -204,6 +209,7 @@ def from_timm(
     size = size or native
     sized = dict(img_size=size) if cfg.fixed_input_size and size != native else {}
     options = dict(pretrained=pretrained, num_classes=0, **sized)
+    options |= {} if pretrained or channels == 3 else dict(in_chans=channels)
     net = _made(label, lambda: timm.create_model(name, **options, **args))
     cut = getattr(net, 'patch_embed', None)
     if isinstance(cut, timm.layers.PatchEmbed):
@@ -214,8 +220,11 @@ def from_timm(
     spec = dict(kind='timm', name=name, size=size) | (dict(resize=resize) if resize else {}) | own
     head = [cfg.classifier] if isinstance(cfg.classifier, str) else cfg.classifier or ()
     resize = resize or int(min(height_width(size)) / cfg.crop_pct)
+    built = 3 if pretrained else channels
+    spec |= dict(channels=built) if built != 3 else {}
     encoder = ExternalEncoder(net, read_timm, spec, size, resize, head)
-    return encoder.set_stats(cfg.mean, cfg.std)
+    encoder.set_stats(*((v if built == 3 else [sum(v) / 3] * built) for v in (cfg.mean, cfg.std)))
+    return encoder if built == channels else encoder.with_channels(channels)
 
 
 _flag = partial(require_choice, choices=(True, False))
@@ -227,6 +236,7 @@ register_encoder(
     from_timm,
     name=lambda value, name: _require_network('timm', value),
     size=spec_size,
+    channels=spec_channels,
     resize=spec_side,
     patch_size=partial(require_int, least=1, most=256),
     embed_dim=_width,
@@ -255,6 +265,7 @@ def from_torchvision(
     size: int | tuple | None = None,  # a side, or (height, width), pixels; None: the published one
     resize: int | None = None,  # short side before the cut; None: the published one, in proportion
     pretrained: bool = False,  # the published weights (the default ones unless named), or random
+    channels: int = 3,  # bands of the images; of published weights the first layer is `inflated`
     **args,  # of torchvision's builder
 ) -> ExternalEncoder:  # in eval mode
     """A torchvision network without classifier. `ValueError` for what it does not know or build.
@@ -264,6 +275,7 @@ def from_torchvision(
         size: a side, or (height, width), pixels; None: the published one
         resize: short side before the cut; None: the published one, in proportion
         pretrained: the published weights (the default ones unless named), or random
+        channels: bands of the images; of published weights the first layer is `inflated`
         **args: of torchvision's builder
 
     Returns:
@@ -273,6 +285,7 @@ def from_torchvision(
 
     _require_network('torchvision', name)
     size = _checked_size(size, resize)
+    require_int(channels, 'channels', least=1)
     base, _, tag = name.partition('.')
     published = get_model_weights(base)[tag] if tag else get_model_weights(base).DEFAULT
     preset, label = published.transforms(), f'torchvision/{name}'
@@ -296,7 +309,12 @@ def from_torchvision(
     if apart:
         safe = dict(progress=False, check_hash=True, weights_only=True)
         fill_encoder(encoder, _made(label, lambda: published.get_state_dict(**safe)))
-    return encoder
+    if channels == 3:
+        return encoder
+    new = encoder.with_channels(channels)
+    if not pretrained:
+        fit_channels(new, channels, channels, draw=True)
+    return new
 
 
 register_encoder(
@@ -304,6 +322,7 @@ register_encoder(
     from_torchvision,
     name=lambda value, name: _require_network('torchvision', value),
     size=spec_size,
+    channels=spec_channels,
     resize=spec_side,
     width_mult=partial(require_number, above=0, most=16),
     groups=partial(require_int, least=1, most=256),

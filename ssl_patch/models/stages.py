@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from ..ground.checks import require
+
 # %% ../../nbs/models/09_stages.ipynb #a9c00008
 def stage_parts(
     net: nn.Module,  # a network, or a part of it
@@ -59,16 +61,19 @@ def conv_stages(
     net: nn.Module,  # of any library
     x: Tensor,  # (B,3,H,W) images, normalised
     run,  # function () that runs `net` on x -> (image, (patches (B,M,D), grid) or why not)
-) -> list:  # of maps (B,C,h,w), finest first; none of a network of tokens
-    """The last map of every side on the way through a network; the patches are the last of all.
+    label: str = 'net',  # of the network, for the error
+) -> list:  # of maps (B,C,h,w), finest first
+    """The last map of every side on the way through a network; the patches are the last of all. Of
+    tokens the patches alone. `ValueError` where there is no map.
 
     Args:
         net: of any library
         x: (B,3,H,W) images, normalised
         run: function () that runs `net` on x -> (image, (patches (B,M,D), grid) or why not)
+        label: of the network, for the error
 
     Returns:
-        of maps (B,C,h,w), finest first; none of a network of tokens
+        of maps (B,C,h,w), finest first
     """
     found = {}
 
@@ -84,7 +89,8 @@ def conv_stages(
             hook.remove()
     maps = sorted(found.values(), key=lambda m: m.shape[2] * m.shape[3], reverse=True)
     if isinstance(patches, str):
+        require(bool(maps), label, 'a network with maps', patches)
         return maps
     rows, cols = patches[1]
     maps = [m for m in maps if m.shape[2] * m.shape[3] > rows * cols]
-    return maps + [patches[0].transpose(1, 2).unflatten(2, (rows, cols))] if maps else []
+    return maps + [patches[0].transpose(1, 2).unflatten(2, (rows, cols))]

@@ -484,7 +484,7 @@ B = torch.tensor([[0.0, 0, 4, 4]] * 2)
         (lambda: Augmentation(32, blur_sigma=(0, 2)), 'blur_sigma'),
         (lambda: make_view(X[:, :1], Augmentation(4)), 'colour images'),
         (lambda: make_view(X[0], Augmentation(4)), 'colour images'),
-        (lambda: show_augmentation(X, Augmentation(4)), 'one colour image'),
+        (lambda: show_augmentation(X, Augmentation(4)), r'one image \(C,H,W\)'),
         (
             lambda: ViewLoader(TensorImages(X.byte()), Augmentation(4), 3),
             'batch_size must be .* at least 1 and at most 2, the images of the data, got 3',

@@ -84,6 +84,9 @@ class Setup:
     heads: int | None = None
     'of a ViT, instead of the named one'
 
+    channels: int = 3
+    'bands of the images: 1, 3, or more, of satellites say'
+
     variant: str | None = None
     "of a ViT: 'aps' or 'moco_v3'; by default 'moco_v3' for MoCo v3 and for RepCo on it"
 
@@ -132,6 +135,7 @@ class Setup:
             self.heads,
             self.pretrained,
             fetch=not self.has_checkpoint(),
+            channels=self.channels,
         )
 
     def has_checkpoint(self) -> bool:
@@ -152,7 +156,7 @@ class Setup:
     def build(self) -> tuple:  # (ImageData, Method)
         "The data and the method."
         method = self.build_method()  # what is wrong with it is told before data are read
-        return load_data(self.data, self.size, self.subset), method
+        return load_data(self.data, self.size, self.subset, self.channels), method
 
     def pretrainer(self, **more) -> Pretrainer:  # run folder and the like
         "The run, before its first batch. Says what the data are."

@@ -233,7 +233,7 @@ class Probe:
     def load(
         self,
         run,  # a run folder, or None: --data
-        size: int,  # of the encoder
+        encoder,  # to be measured, whose size and channels are taken
         loaded: dict,  # data that were loaded already; what is loaded is added
     ) -> tuple:  # (ImageData, targets or None)
         "The data to measure on."
@@ -241,7 +241,7 @@ class Probe:
         if source is None:
             first = saved(run)
             source, subset = first.data, first.subset if subset is None else subset
-        what = source, self.size or size, subset
+        what = source, self.size or encoder.size, subset, getattr(encoder, 'channels', 3)
         if what not in loaded:
             loaded[what] = load_labelled(*what)
         return loaded[what]
@@ -269,7 +269,7 @@ class Probe:
     def one(self, run, settings, loaded) -> list:  # records
         "A record per protocol, of one encoder."
         encoder = self.open_one(run)
-        data, targets = self.load(run, encoder.size, loaded)
+        data, targets = self.load(run, encoder, loaded)
         own = self.shared(run, encoder)
         some = {k: v for k, v in dict(cache=self.cache, targets=targets).items() if v is not None}
         found = []

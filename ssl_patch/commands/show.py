@@ -48,7 +48,7 @@ def patch_figures(
     if method.patch_loss is None:
         return
     views = [
-        make_view(x, augmentation, generator_for(seed, i, 'patches'))
+        make_view(x, augmentation, generator_for(seed, i, 'patches'), encoder.channels)
         for i, augmentation in enumerate(method.augmentations[:2])
     ]
     a, b = (pool_patches(encoder(v.x), method.patch_loss.pool) for v in views)
@@ -93,7 +93,7 @@ class Show:
         sources = lively(data.train, self.images, self.seed)
         for i, source in enumerate(sources):
             g = generator_for(self.seed, i, 'show')
-            views = [make_view(source[None], a, g) for a in method.augmentations]
+            views = [make_view(source[None], a, g, len(source)) for a in method.augmentations]
             yield f'views_{i}', show_views(source, views)
             if sampler is not None:
                 yield f'patches_{i}', show_patches(source, views, sampler(*views, grid, g), grid)

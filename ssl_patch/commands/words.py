@@ -56,6 +56,7 @@ def encoder_from_words(
     heads: int | None = None,  # of a ViT, likewise
     pretrained: bool = False,  # begin with the published weights of timm or torchvision
     fetch: bool = True,  # False: that network, its weights come from elsewhere
+    channels: int = 3,  # bands of the images
 ):
     """An encoder by its name, with random weights unless told. `ValueError` for names that are not
     known, `FileNotFoundError` for weights that are neither here nor to be downloaded."""
@@ -74,15 +75,16 @@ def encoder_from_words(
         if pretrained:
             network = published_name(library, network)
         build = dict(timm=from_timm, torchvision=from_torchvision)[library]
-        return build(network, size, pretrained=pretrained and fetch)
+        return build(network, size, pretrained=pretrained and fetch, channels=channels)
     what = 'left out, as only timm/NAME and torchvision/NAME have published weights'
     require(not pretrained, 'pretrained', what, pretrained)
+    given['channels'] = channels
     if name.startswith('vit_'):
         return vit(name[4:], size, patch, variant or 'aps', **given)
     if depth or heads:
         raise ValueError(f'depth and heads are for ViTs; {name} has its own')
     try:
-        return resnet(name, size, stem, width or 64, feature_layer)
+        return resnet(name, size, stem, width or 64, feature_layer, channels=channels)
     except ValueError as e:
         known = name in ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152')
         others = 'vit_tiny, vit_small, vit_base, resnet18, ..., timm/NAME or torchvision/NAME'
@@ -109,9 +111,11 @@ def load_data(
     name: str,  # what --data takes
     size: int,  # of the views: the photographs are cut to it
     subset: int | None = None,  # training images, the classes in equal parts; None: all
+    channels: int = 3,  # bands of the images
 ) -> ImageData:
     "Data by its name or path."
-    data = images(name, size=size) if name == 'photos' else images(name)
+    how = dict(size=size) if name == 'photos' else {}
+    data = images(name, **how, channels=None if channels == 3 else channels)
     require(name.strip(), 'data', 'a name, a folder or a packed .npz', name)
     require_int(subset, 'subset', least=1, optional=True)
     return data.sample(subset) if subset else data
@@ -121,12 +125,13 @@ def load_labelled(
     name: str,  # as `load_data`, or a VOC folder (VOCdevkit/VOC2007)
     size: int,  # as `load_data`
     subset: int | None = None,  # as `load_data`
+    channels: int = 3,  # as `load_data`
 ) -> tuple:  # (ImageData, targets, or None where there are labels)
     "Data to measure on."
     folder = Path(name).expanduser()
     lists = folder / 'ImageSets' / 'Main'
     if not lists.is_dir():
-        return load_data(name, size, subset), None
+        return load_data(name, size, subset, channels), None
     if subset:
         raise ValueError('--subset is for data with a label per image, not for a VOC folder')
     parts = ('trainval', 'test') if (lists / 'test.txt').is_file() else ('train', 'val')

@@ -168,7 +168,7 @@ def _all_bands(data):
     try:
         import tifffile
     except ImportError as e:
-        raise ValueError('it needs tifffile: pip install tifffile') from e
+        raise ValueError("it needs tifffile: pip install tifffile, or 'ssl_patch[bands]'") from e
     with tifffile.TiffFile(io.BytesIO(data)) as f:
         page = f.pages[0]
         x, turn = page.asarray(), page.tags.get(274)
@@ -273,7 +273,7 @@ def _decode_pil(data, channels=None, value_range=None):
 
 def decode(
     data: bytes,  # an encoded image: JPEG, PNG, WebP, ...
-    size: int | None = None,  # pixels; None keeps the image's own size
+    size: int | tuple | None = None,  # pixels, side or (height, width); None: the image's own
     channels: int | None = None,  # 1 grey, 3 colours, more: the first bands; None: 3 if no more
     value_range: tuple | None = None,  # (low, high) of more than 8 bits; None: of 16 all
 ) -> Tensor:  # (channels, H, W), uint8; in memory the channels of a pixel lie side by side
@@ -281,7 +281,7 @@ def decode(
 
     Args:
         data: an encoded image: JPEG, PNG, WebP, ...
-        size: pixels; None keeps the image's own size
+        size: pixels, side or (height, width); None: the image's own
         channels: 1 grey, 3 colours, more: the first bands; None: 3 if no more
         value_range: (low, high) of more than 8 bits; None: of 16 all
 

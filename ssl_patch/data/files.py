@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .decoding import decode, torchvision_op
 from .images import Images, resize_center_crop
-from ..ground.checks import require_int
+from ..ground.checks import height_width, require_int, size_words
 from ..ground.text import plain
 
 # %% ../../nbs/data/04_files.ipynb #290470d5
@@ -187,7 +187,7 @@ class FileImages(Images):
         classes: names of the classes
         name: shown in reprs and messages
         skipped: images that could not be read: (name, reason)
-        size: images are resized and cut to it; None keeps their own sizes
+        size: images are resized and cut to it; None: their own sizes
         channels: as `decode` takes it
         value_range: as `decode` takes it
     """
@@ -199,7 +199,7 @@ class FileImages(Images):
         classes=None,  # names of the classes
         name: str = '',  # shown in reprs and messages
         skipped=(),  # images that could not be read: (name, reason)
-        size: int | None = None,  # images are resized and cut to it; None keeps their own sizes
+        size: int | tuple | None = None,  # images are resized and cut to it; None: their own sizes
         channels: int | None = None,  # as `decode` takes it
         value_range: tuple | None = None,  # as `decode` takes it
     ):
@@ -218,7 +218,7 @@ class FileImages(Images):
         return self.bands or 3
 
     def _shape(self):
-        sides = f'{self.size}x{self.size} pixels' if self.size else ''
+        sides = f'{size_words(height_width(self.size))} pixels' if self.size else ''
         bands = f'{self.channels} channels' if self.channels != 3 else ''
         return ', '.join(w for w in (sides, bands, 'streamed') if w)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .fingerprints import can_fingerprint, copies, hash_files, hash_pixels, is_in
 from ..ground.checks import height_width, require_int, require_shape
+from ..ground.text import in_picture, plain
 
 # %% ../../nbs/data/01_images.ipynb #46a5af55
 def resize_center_crop(
@@ -113,7 +114,7 @@ class Images:
     @property
     def channels(self) -> int:
         "Channels of every image."
-        raise NotImplementedError
+        return len(self[0])
 
     def subset(self, indices) -> 'Images':
         "The images with these numbers, as a store."
@@ -204,7 +205,7 @@ class Images:
         parts = [f'{len(self):,} images', self._shape(), labels]
         if self.skipped:
             parts.append(f'{len(self.skipped)} skipped')
-        return f'{type(self).__name__} {self.name}: ' + ', '.join(p for p in parts if p)
+        return f'{type(self).__name__} {plain(self.name)}: ' + ', '.join(p for p in parts if p)
 
 # %% ../../nbs/data/01_images.ipynb #b7a6b190
 class TensorImages(Images):
@@ -332,7 +333,7 @@ def show_images(
         x = torch.as_tensor(images[i]).cpu()
         x = x[:3] if len(x) > 2 else x[:1].expand(3, -1, -1)  # of many bands the first three
         ax.imshow(x.permute(1, 2, 0).numpy())
-        word = '' if titles is None else str(titles[i])
+        word = '' if titles is None else in_picture(titles[i])
         word = word if len(word) <= letters else word[: letters - 1] + '\u2026'
         ax.set_title(word, fontsize=7, pad=2)
     top, between = 1, 0.06
@@ -456,11 +457,15 @@ class ImageData:
         return {k: v for k, v in vars(self).items() if k not in kept}
 
     def __repr__(self):
-        lines = [f'ImageData {self.name}', f'  train  {self.train!r}', f'  test   {self.test!r}']
+        lines = [
+            f'ImageData {plain(self.name)}',
+            f'  train  {self.train!r}',
+            f'  test   {self.test!r}',
+        ]
         if self.classes:
             more = ', ...' if len(self.classes) > 10 else ''
-            lines.append(f'  classes  {", ".join(self.classes[:10])}{more}')
+            lines.append(f'  classes  {plain(", ".join(self.classes[:10]))}{more}')
         if self._stats or isinstance(self.train, TensorImages):
             mean, std = (' '.join(f'{v:.3f}' for v in x) for x in (self.mean, self.std))
             lines.append(f'  mean  {mean}   std  {std}')
-        return '\n'.join(lines + ([f'  note  {self.note}'] if self.note else []))
+        return '\n'.join(lines + ([f'  note  {plain(self.note)}'] if self.note else []))

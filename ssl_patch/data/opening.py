@@ -15,7 +15,7 @@ from .files import FileImages, listed, short_reason
 from .fingerprints import in_threads
 from .headers import Header, quick_header, read_header
 from .images import Images, TensorImages
-from ..ground.checks import require
+from ..ground.checks import height_width, require
 from ..ground.text import plain
 
 # %% ../../nbs/data/05_opening.ipynb #faba2fcc
@@ -43,7 +43,7 @@ def _decode_all(encoded, heads, size, limit, channels, value_range):
     sides = [(x.height, x.width) for x in heads.values() if isinstance(x, Header)]
     if not sides:
         return None
-    h, w = (size, size) if size else sides[0]
+    h, w = height_width(size or sides[0])
     if (not size and len(set(sides)) > 1) or n * c * h * w > limit:
         return None
     out, found, other = torch.empty(n, c, h, w, dtype=torch.uint8), {}, []
@@ -133,7 +133,7 @@ def open_store(
     labels=None,  # (n,) whole numbers, -1 for none; or None
     classes=None,  # names of the classes
     name: str = '',  # shown in reprs and messages
-    size: int | None = None,  # pixels: resize and cut; None keeps sizes
+    size: int | tuple | None = None,  # pixels: resize and cut; None keeps sizes
     stream: bool | None = None,  # decode as needed, or hold in memory; None: by `limit`
     limit: float = 2 * 2**30,  # bytes of pixels up to which they are held in memory
     check: bool = True,  # of a stream: look at the head of every file now

@@ -24,7 +24,8 @@ from .given import is_dataset, is_path, path_files, picture_images
 from .images import ImageData, Images, TensorImages, resize_center_crop
 from .opening import open_store
 from .photographs import photo_crops
-from ..ground.checks import require, require_choice, require_int, require_number
+from ..ground.checks import image_size, require, require_choice, require_int
+from ..ground.checks import require_number
 
 # %% ../../nbs/data/11_sources.ipynb #b33cf869
 _SETS = dict(cifar10='CIFAR10', cifar100='CIFAR100', stl10='STL10')
@@ -247,7 +248,7 @@ def _note(train, source):
 def images(
     source='photos',  # a name, folder, .npz, pattern, array, list, (images, labels), data set
     test=None,  # likewise, for data without a test part
-    size: int | None = None,  # pixels: resize and cut; None keeps sizes (photos: 32)
+    size: int | tuple | None = None,  # resize and cut to it, pixels; None keeps sizes (photos: 32)
     root=None,  # data folder for sets by name; None: $SSL_PATCH_DATA, else ~/.cache/ssl_patch
     labelled: bool | None = None,  # are sub-folders classes? None finds out
     test_fraction: float = 0.0,  # without a test part: this share of every class becomes test
@@ -266,7 +267,7 @@ def images(
     Args:
         source: a name, folder, .npz, pattern, array, list, (images, labels), data set
         test: likewise, for data without a test part
-        size: pixels: resize and cut; None keeps sizes (photos: 32)
+        size: resize and cut to it, pixels; None keeps sizes (photos: 32)
         root: data folder for sets by name; None: $SSL_PATCH_DATA, else ~/.cache/ssl_patch
         labelled: are sub-folders classes? None finds out
         test_fraction: without a test part: this share of every class becomes test
@@ -277,7 +278,7 @@ def images(
         channels: 1 grey, 3 colours, more: the first bands; None: 3 if no more
         value_range: (low, high) of more than 8 bits, for black and white
     """
-    require_int(size, 'size', least=1, optional=True)
+    size = image_size(size, 'size', optional=True)
     require_number(test_fraction, 'test_fraction', 0, below=1)
     require_int(channels, 'channels', least=1, optional=True)
     _require_range(value_range)
@@ -291,6 +292,7 @@ def images(
         require(channels in (None, 3), 'channels', '3, as photos has so many', channels)
         if stream:
             warnings.warn('photos: stream=True changes nothing, as these images are in memory')
+        require_int(size, 'size', least=1, optional=True, hint=', as crops of photos are squares')
         return photo_crops(size or 32, seed=seed)
     how = dict(size=size, stream=stream, limit=memory_limit)
     how |= dict(channels=channels, value_range=value_range)

@@ -89,7 +89,8 @@ def probe_noise(
     """
     require_choice(layer, 'layer', LAYERS)
     place = size_and_device(encoder, size, None)[1]
-    x = torch.rand(4, 3, *height_width(size), generator=torch.Generator().manual_seed(0))
+    shape = 4, getattr(encoder, 'channels', 3), *height_width(size)
+    x = torch.rand(*shape, generator=torch.Generator().manual_seed(0))
     half = autocast_for(encoder, place, amp)
     with frozen(encoder), accepted_size(encoder, size) as sized, half:
         x = as_floats(sized, x.to(place))

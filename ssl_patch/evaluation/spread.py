@@ -103,10 +103,11 @@ def _one_view_each(store, augmentation, generator, device, chunk=256):
     "One view of every image, float (b,3,size,size), in order; streamed images may differ in size."
     if hasattr(store, 'images'):
         for x in store.images.split(chunk):
-            yield make_view(x.to(device), augmentation, generator).x
+            yield make_view(x.to(device), augmentation, generator, x.shape[1]).x
         return
     for rows in torch.arange(len(store)).split(chunk):
-        views = [make_view(store[i][None], augmentation, generator).x for i in rows.tolist()]
+        C = store.channels
+        views = [make_view(store[i][None], augmentation, generator, C).x for i in rows.tolist()]
         yield torch.cat(views).to(device)
 
 # %% ../../nbs/evaluation/17_spread.ipynb #110bfec9

@@ -122,7 +122,7 @@ def try_sampler(
     require_arguments(patch_sampler, 'patch_sampler', 'view1', 'view2', 'grid', 'generator')
     two = len(augmentations) == 2
     require(two, 'augmentations', 'two with a patch sampler', len(augmentations))
-    kept = patch_sampler(*[_view(2, encoder.size)] * 2, encoder.grid, None)
+    kept = patch_sampler(*[_view(2, encoder)] * 2, encoder.grid, None)
     name = 'what patch_sampler returns'
     pair = isinstance(kept, (tuple, list)) and len(kept) == 2
     require(pair, name, 'two tensors, the patches that view 1 and view 2 keep', kept)
@@ -141,10 +141,11 @@ def try_sampler(
     return [keep.shape[2] for keep in kept]
 
 
-def _view(B, size):
-    "Views of images that are seen whole."
+def _view(B, encoder):
+    "Views of images that are seen whole, as an encoder takes them."
+    size, channels = encoder.size, getattr(encoder, 'channels', 3)
     box = torch.tensor([[0.0, 0.0, float(size), float(size)]] * B)
-    pixels = torch.zeros(1, 1, 1, 1).expand(B, 3, size, size)
+    pixels = torch.zeros(1, 1, 1, 1).expand(B, channels, size, size)
     return View(pixels, box, torch.zeros(B, dtype=torch.bool))
 
 # %% ../../nbs/methods/17_trials.ipynb #c3ffbfe3
@@ -253,7 +254,7 @@ def try_patch_loss(
                 return Projections(image.requires_grad_(), rows.requires_grad_(), features)
             return Projections(image, rows, features, F.normalize(rows.mean(1), dim=1))
 
-        seen = _view(4, encoder.size).to(device)
+        seen = _view(4, encoder).to(device)
         return ViewOutputs(seen, side('query', 0), side('key', 5))
 
     for loss in slot.losses:

@@ -158,6 +158,11 @@ def _made(label, build):
         raise ValueError(f'{label} cannot be built: {first_line(e)}') from e
 
 
+def _for_bands(channels, *stats):
+    "Published statistics of three colours; of other bands their mean."
+    return [v if channels == 3 else [sum(v) / len(v)] * channels for v in stats]
+
+
 def _checked_size(size, resize):
     "The size as it is written here. `ValueError` unless both are sides, or None."
     image_side(resize, 'resize', optional=True)
@@ -223,7 +228,7 @@ def from_timm(
     built = 3 if pretrained else channels
     spec |= dict(channels=built) if built != 3 else {}
     encoder = ExternalEncoder(net, read_timm, spec, size, resize, head)
-    encoder.set_stats(*((v if built == 3 else [sum(v) / 3] * built) for v in (cfg.mean, cfg.std)))
+    encoder.set_stats(*_for_bands(built, cfg.mean, cfg.std))
     return encoder if built == channels else encoder.with_channels(channels)
 
 
@@ -304,17 +309,16 @@ def from_torchvision(
     spec = dict(kind='torchvision', name=full, size=size)
     spec |= (dict(resize=resize) if resize else {}) | args
     resize = resize or min(height_width(size)) * preset.resize_size[0] // native
+    built = 3 if pretrained else channels
+    if built != 3:
+        spec |= dict(channels=built)
+        fit_channels(net, 3, built, draw=True)
     encoder = ExternalEncoder(net, read_torchvision, spec, size, resize, [head])
-    encoder.set_stats(preset.mean, preset.std)
+    encoder.set_stats(*_for_bands(built, preset.mean, preset.std))
     if apart:
         safe = dict(progress=False, check_hash=True, weights_only=True)
         fill_encoder(encoder, _made(label, lambda: published.get_state_dict(**safe)))
-    if channels == 3:
-        return encoder
-    new = encoder.with_channels(channels)
-    if not pretrained:
-        fit_channels(new, channels, channels, draw=True)
-    return new
+    return encoder if built == channels else encoder.with_channels(channels)
 
 
 register_encoder(

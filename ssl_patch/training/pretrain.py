@@ -12,6 +12,7 @@ from dataclasses import asdict
 
 import torch
 
+from ..evaluation.features import require_channels
 from ..ground.checks import require, require_choice, require_int, require_number
 from ..methods.configs import TrainConfig
 from ..methods.method import Method
@@ -103,6 +104,7 @@ class Pretrainer:
         asked = "what images(...) returns, such as images('photos')"
         require(hasattr(data, 'train'), 'data', asked, data)
         self.progress, self.timer, self.meter = Progress(progress), Timer(), Meter()
+        require_channels(method.encoder, data.train)
         data = without_test_images(data, overlap)
         self.device = require_device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         config = resolve_config(method, len(data.train), epochs, batch_size, train_config)

@@ -25,14 +25,14 @@ from ..views.loader import generator_for, seed_for
 def finetune_augmentation(
     config: FinetuneConfig,  # crop and rand_augment
     size: int | tuple,  # pixels: a side, or (height, width)
-    mean: Tensor,  # (3,) of [0,1] pixels: the colour of what a turned image leaves bare
+    mean: Tensor,  # (C,) of [0,1] pixels: the colour of what a turned image leaves bare
 ):  # function: uint8 (3,H,W) -> uint8 (3,height,width)
     """The changes of a config that are made image by image.
 
     Args:
         config: crop and rand_augment
         size: pixels: a side, or (height, width)
-        mean: (3,) of [0,1] pixels: the colour of what a turned image leaves bare
+        mean: (C,) of [0,1] pixels: the colour of what a turned image leaves bare
     """
     from timm.data.auto_augment import rand_augment_transform
     from torchvision.transforms import v2
@@ -45,6 +45,8 @@ def finetune_augmentation(
     if config.crop != 'none':
         steps.append(v2.RandomHorizontalFlip())
     if config.rand_augment:
+        only = f'None for images of {len(mean)} bands, as it is for colours'
+        require(len(mean) == 3, 'rand_augment', only, config.rand_augment)
         fill = tuple((255 * mean.cpu()).round().int().tolist())
         how = dict(
             translate_const=int(0.45 * min(height_width(size))), img_mean=fill, interpolation=3

@@ -20,6 +20,7 @@ from ssl_patch.evaluation.features import (
     batches_of,
     eval_resize,
     frozen,
+    require_channels,
     size_and_device,
 )
 from ..evaluation.protocol import check_leakage, labelled_splits, top1
@@ -161,6 +162,7 @@ class FineTuner:
 
         encoder = at_size(encoder, size)
         size, here, _ = size_and_device(encoder, None, None)
+        require_channels(encoder, data.train)
         require(isinstance(config, FinetuneConfig), 'config', 'a FinetuneConfig', config)
         at_least = ', the size of the encoder'
         short = min(height_width(size))
@@ -187,7 +189,7 @@ class FineTuner:
         self.encoder.trained_on = learned_from(learned, self.train)
         self.ema = ModelEmaV3(self.model, decay=c.ema) if c.ema else None
         self.loss = SoftTargetCrossEntropy()
-        half = torch.full((3,), 0.5)
+        half = torch.full((self.train.channels,), 0.5)
         stats = (getattr(self.encoder, k, half).to(self.device) for k in ('mean', 'std'))
         self.mean, self.std = stats
         change = finetune_augmentation(c, self.encoder.size, self.mean)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Augmentation', 'aug_weak', 'aug_moco_v2', 'aug_moco_v1', 'aug_byol_a', 'aug_byol_b', 'aug_local', 'aug_aps_cifar',
-           'aug_moco_cifar', 'aug_none', 'multi_crop', 'AugmentParams', 'draw_params', 'apply_params_', 'photometric',
-           'draw_boxes', 'make_view', 'show_views', 'show_augmentation']
+           'aug_moco_cifar', 'aug_none', 'multi_crop', 'AugmentParams', 'draw_params', 'apply_params_',
+           'colors_left_out', 'photometric', 'draw_boxes', 'make_view', 'show_views', 'show_augmentation']
 
 # %% ../../nbs/views/03_augmentations.ipynb #e36fb5f7
 from dataclasses import dataclass, fields
@@ -222,14 +222,14 @@ def draw_params(
 
 # %% ../../nbs/views/03_augmentations.ipynb #41884646
 def apply_params_(
-    x: Tensor,  # float (B,3,H,W) in [0,1], changed in place
+    x: Tensor,  # float (B,C,H,W) in [0,1], changed in place; hue, saturation, grey where C is 3
     params: AugmentParams,  # what each image drew
     augmentation: Augmentation,  # blur kernel and solarize threshold
 ) -> Tensor:  # x
     """Jitter, grey, blur and solarize, each on the images that drew it
 
     Args:
-        x: float (B,3,H,W) in [0,1], changed in place
+        x: float (B,C,H,W) in [0,1], changed in place; hue, saturation, grey where C is 3
         params: what each image drew
         augmentation: blur kernel and solarize threshold
 
@@ -240,22 +240,46 @@ def apply_params_(
     kernel, threshold = augmentation.kernel, augmentation.solarize_threshold
     if params.jitter.any():
         color_jitter_(x, params.factors, params.order, rows(params.jitter))
-    change_rows_(x, rows(params.gray), lambda y, r: grayscale(y))
+    if x.shape[1] == 3:
+        change_rows_(x, rows(params.gray), lambda y, r: grayscale(y))
     # pieces of like width: narrow blurs are quick
     blurred = rows(params.blur)[params.sigma[params.blur].argsort()]
     change_rows_(x, blurred, lambda y, r: gaussian_blur(y, kernel, params.sigma[r]))
     return change_rows_(x, rows(params.solarize), lambda y, r: solarize(y, threshold))
 
 
+def colors_left_out(
+    augmentations,  # of the views
+    channels: int,  # bands of the images
+) -> list:  # of words
+    """What these augmentations ask for that only images of three channels can have.
+
+    Args:
+        augmentations: of the views
+        channels: bands of the images
+
+    Returns:
+        of words
+    """
+    if channels == 3:
+        return []
+    asked = [
+        ('saturation', any(a.jitter_p and a.jitter[2] for a in augmentations)),
+        ('hue', any(a.jitter_p and a.jitter[3] for a in augmentations)),
+        ('grey', any(a.gray_p for a in augmentations)),
+    ]
+    return [word for word, is_asked in asked if is_asked]
+
+
 def photometric(
-    x: Tensor,  # float (B,3,H,W) in [0,1]
+    x: Tensor,  # float (B,C,H,W) in [0,1]
     augmentation: Augmentation,  # chances and strengths
     generator: torch.Generator | None = None,  # source of the random numbers
 ) -> Tensor:  # the same shape
     """All colour changes of an augmentation, without crop and flip
 
     Args:
-        x: float (B,3,H,W) in [0,1]
+        x: float (B,C,H,W) in [0,1]
         augmentation: chances and strengths
         generator: source of the random numbers
 
@@ -298,8 +322,8 @@ def draw_boxes(
     return box, flip ^ up_down, (turn + 2 * up_down) % 4
 
 
-def _mended(x):
-    "The call that makes a batch of colour images of something else, as the end of a sentence."
+def _mended(x, channels):
+    "The call that makes a batch of such images of something else, as the end of a sentence."
     if isinstance(x, (list, tuple)):
         return '; of a list: torch.stack(x), or images(x) for pictures'
     if isinstance(x, np.ndarray):
@@ -314,34 +338,41 @@ def _mended(x):
         )
     if len(shape) != 4:
         return ''
-    if shape[3] == 3:
+    if shape[3] in (3, channels):
         return '; channels come before rows and columns: x.permute(0, 3, 1, 2)'
-    return '; grey: x.expand(-1, 3, -1, -1)' if shape[1] == 1 else '; the first three: x[:, :3]'
+    few = 'grey: x.expand(-1, 3, -1, -1)' if shape[1] == 1 else 'the first three: x[:, :3]'
+    return f'; {few}, as they are: channels={shape[1]}'
 
 
-def _require_batch(x):
-    "`ValueError`, with the call that mends it, unless `x` is a batch of colour images."
-    right = torch.is_tensor(x) and x.ndim == 4 and x.shape[1] == 3
-    what = 'a batch of colour images (B,3,H,W)'
-    require(right, 'x', what if right else what + _mended(x), x)
+def _require_batch(
+    x,  # what was given
+    channels: int = 3,  # bands of the images, C
+):
+    "`ValueError`, with the call that mends it, unless `x` is a batch of such images (B,C,H,W)."
+    right = torch.is_tensor(x) and x.ndim == 4 and x.shape[1] == channels
+    right = right and not channels != 3 == x.shape[3]  # they stand last
+    what = f'a batch of {"colour " * (channels == 3)}images (B,{channels},H,W)'
+    require(right, 'x', what if right else what + _mended(x, channels), x)
     kinds = x.dtype == torch.uint8 or x.is_floating_point()
     require(kinds, 'x', 'uint8, or float in [0,1]; of bytes as other numbers: x.to(torch.uint8)', x)
     require_pixels(x)
 
 
 def make_view(
-    x: Tensor,  # images, uint8 (B,3,H,W), or float in [0,1]
+    x: Tensor,  # images, uint8 (B,C,H,W), or float in [0,1]
     augmentation: Augmentation,  # what to do to them
     generator: torch.Generator | None = None,  # of the random numbers; best on the CPU
+    channels: int = 3,  # bands of the images, C
 ) -> View:
-    """Make one view of every image of a batch. Raises ValueError unless `x` is colour images
+    """Make one view of every image of a batch. Raises ValueError unless `x` is images of C bands
 
     Args:
-        x: images, uint8 (B,3,H,W), or float in [0,1]
+        x: images, uint8 (B,C,H,W), or float in [0,1]
         augmentation: what to do to them
         generator: of the random numbers; best on the CPU
+        channels: bands of the images, C
     """
-    _require_batch(x)
+    _require_batch(x, channels)
     drawn = draw_boxes(augmentation, x.shape[-2:], generator, len(x))
     box, flip, turn = (t if t is None else t.to(x.device, non_blocking=True) for t in drawn)
     y = resized_crop(x, box, augmentation.size, flip, turn=turn)
@@ -404,14 +435,14 @@ def show_augmentation(
     """
     import matplotlib.pyplot as plt
 
-    right = torch.is_tensor(x) and x.ndim == 3 and x.shape[0] == 3
-    require(right, 'x', 'one colour image (3,H,W)', x)
+    right = torch.is_tensor(x) and x.ndim == 3 and len(x) < min(x.shape[1:])
+    require(right, 'x', 'one image (C,H,W), such as (3,H,W)', x)
     if isinstance(augmentations, Augmentation):
         augmentations = {'': augmentations}
     figsize = (size * n + 0.6, size * len(augmentations))
     fig, axs = plt.subplots(len(augmentations), n, figsize=figsize, squeeze=False)
     for row, (name, augmentation) in zip(axs, augmentations.items()):
-        view = make_view(x.expand(n, -1, -1, -1), augmentation, generator)
+        view = make_view(x.expand(n, -1, -1, -1), augmentation, generator, len(x))
         for ax, im in zip(row, view.x):
             framed(ax, im)
         row[0].set_ylabel(name, fontsize=9)

@@ -18,13 +18,13 @@ from .fast_cpu import luma, own_copy, per_image, saturation_
 
 # %% ../../nbs/views/02_color.ipynb #bcf15d4d
 def brightness(
-    x: Tensor,  # float (B,3,H,W) in [0,1]
+    x: Tensor,  # float (B,C,H,W) in [0,1]
     factor,  # one number or (B,): 0 is black, 1 changes nothing
 ) -> Tensor:  # the same shape
     """`torchvision`'s `adjust_brightness` with a factor for every image
 
     Args:
-        x: float (B,3,H,W) in [0,1]
+        x: float (B,C,H,W) in [0,1]
         factor: one number or (B,): 0 is black, 1 changes nothing
 
     Returns:
@@ -34,13 +34,13 @@ def brightness(
 
 
 def contrast(
-    x: Tensor,  # float (B,3,H,W) in [0,1]
+    x: Tensor,  # float (B,C,H,W) in [0,1]
     factor,  # one number or (B,): 0 is flat grey, 1 changes nothing
 ) -> Tensor:  # the same shape
     """`torchvision`'s `adjust_contrast` with a factor for every image
 
     Args:
-        x: float (B,3,H,W) in [0,1]
+        x: float (B,C,H,W) in [0,1]
         factor: one number or (B,): 0 is flat grey, 1 changes nothing
 
     Returns:
@@ -62,7 +62,7 @@ def saturation(
     Returns:
         the same shape
     """
-    return saturation_(own_copy(x), factor)
+    return saturation_(own_copy(x, 3), factor)
 
 
 def hue(
@@ -78,7 +78,7 @@ def hue(
     Returns:
         the same shape
     """
-    return hue_(own_copy(x), factor)
+    return hue_(own_copy(x, 3), factor)
 
 # %% ../../nbs/views/02_color.ipynb #bb341b1d
 def grayscale(
@@ -92,17 +92,18 @@ def grayscale(
     Returns:
         the same shape, three equal channels
     """
+    require(x.ndim == 4 and x.shape[1] == 3, 'x', 'colour images (B,3,H,W)', x)
     return luma(x).expand_as(x)
 
 
 def solarize(
-    x: Tensor,  # float (B,3,H,W) in [0,1]
+    x: Tensor,  # float (B,C,H,W) in [0,1]
     threshold=0.5,  # one number or (B,): pixels from here on are inverted
 ) -> Tensor:  # the same shape
     """Invert what is bright, as `torchvision`'s `solarize`
 
     Args:
-        x: float (B,3,H,W) in [0,1]
+        x: float (B,C,H,W) in [0,1]
         threshold: one number or (B,): pixels from here on are inverted
 
     Returns:
@@ -147,14 +148,14 @@ def gaussian_blur(
 
 # %% ../../nbs/views/02_color.ipynb #90a4af5c
 def color_jitter(
-    x: Tensor,  # float (B,3,H,W) in [0,1]
+    x: Tensor,  # float (B,C,H,W) in [0,1]; unless C is 3, hue and saturation stay
     factors: Tensor,  # brightness, contrast, saturation, hue of each image, (B,4), on the CPU
     order: Tensor,  # which comes first, second, ...: a permutation of 0..3 each, (B,4), on the CPU
 ) -> Tensor:  # the same shape
     """The four colour changes, each image in its own order, as `torchvision`'s `ColorJitter`
 
     Args:
-        x: float (B,3,H,W) in [0,1]
+        x: float (B,C,H,W) in [0,1]; unless C is 3, hue and saturation stay
         factors: brightness, contrast, saturation, hue of each image, (B,4), on the CPU
         order: which comes first, second, ...: a permutation of 0..3 each, (B,4), on the CPU
 

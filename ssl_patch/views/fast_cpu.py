@@ -170,18 +170,20 @@ def require_pixels(
 
 
 def own_copy(
-    x: Tensor,  # float (B,3,H,W) in [0,1]
+    x: Tensor,  # float (B,C,H,W) in [0,1]
+    channels: int | None = None,  # that it must have, C; None: any
 ) -> Tensor:  # the same
     """A copy that may be changed in place. Raises ValueError unless `x` is a batch of float images
 
     Args:
-        x: float (B,3,H,W) in [0,1]
+        x: float (B,C,H,W) in [0,1]
+        channels: that it must have, C; None: any
 
     Returns:
         the same
     """
-    right = x.is_floating_point() and x.ndim == 4 and x.shape[1] == 3
-    require(right, 'x', 'float (B,3,H,W) in [0,1]', x)
+    right = x.is_floating_point() and x.ndim == 4 and channels in (None, x.shape[1])
+    require(right, 'x', f'float (B,{channels or "C"},H,W) in [0,1]', x)
     require_pixels(x)
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -209,14 +211,14 @@ def _scratch(x, scratch):
 
 
 def brightness_(
-    x: Tensor,  # float (B,3,H,W) in [0,1]
+    x: Tensor,  # float (B,C,H,W) in [0,1]
     factor,  # one number or (B,)
     scratch: Tensor | None = None,  # memory to work in, (4,at least B,H,W)
 ) -> Tensor:  # x
     """`brightness` in place
 
     Args:
-        x: float (B,3,H,W) in [0,1]
+        x: float (B,C,H,W) in [0,1]
         factor: one number or (B,)
         scratch: memory to work in, (4,at least B,H,W)
 
@@ -227,14 +229,14 @@ def brightness_(
 
 
 def contrast_(
-    x: Tensor,  # float (B,3,H,W) in [0,1]
+    x: Tensor,  # float (B,C,H,W) in [0,1]
     factor,  # one number or (B,)
     scratch: Tensor | None = None,  # memory to work in, (4,at least B,H,W)
 ) -> Tensor:  # x
     """`contrast` in place
 
     Args:
-        x: float (B,3,H,W) in [0,1]
+        x: float (B,C,H,W) in [0,1]
         factor: one number or (B,)
         scratch: memory to work in, (4,at least B,H,W)
 
@@ -242,7 +244,10 @@ def contrast_(
         x
     """
     f, m = per_image(factor, x, 'factor'), x.mean((2, 3))
-    m = m[:, 0] * LUMA[0] + m[:, 1] * LUMA[1] + m[:, 2] * LUMA[2]
+    if x.shape[1] == 3:
+        m = m[:, 0] * LUMA[0] + m[:, 1] * LUMA[1] + m[:, 2] * LUMA[2]
+    else:
+        m = m.mean(1)
     return x.mul_(f).add_(m.view(-1, 1, 1, 1) * (1 - f)).clamp_(0, 1)
 
 
@@ -400,8 +405,20 @@ def _by_hue(factors, order, rows):
         yield rows[when == p], [turn if q == p else blend(q) for q in range(4)]
 
 
+def _by_light(factors, order, rows):
+    "Those of `rows` that get brightness first, and those that get contrast: no other step"
+
+    def step(change, column):
+        return lambda y, i, scratch: change(y, factors[i, column], scratch)
+
+    steps = [step(brightness_, 0), step(contrast_, 1)]
+    first = order[rows].argsort(1)[:, :2].diff(dim=1).squeeze(1) > 0
+    yield rows[first], steps
+    yield rows[~first], steps[::-1]
+
+
 def color_jitter_(
-    x: Tensor,  # float (B,3,H,W) in [0,1]
+    x: Tensor,  # float (B,C,H,W) in [0,1]; unless C is 3, only its light is changed
     factors: Tensor,  # brightness, contrast, saturation, hue of each image, (B,4), on the CPU
     order: Tensor,  # a permutation of 0..3 for each image, (B,4), on the CPU
     rows: Tensor | None = None,  # which images are changed: indices, on the CPU; None: all
@@ -409,7 +426,7 @@ def color_jitter_(
     """`color_jitter` in place, on some images of a batch
 
     Args:
-        x: float (B,3,H,W) in [0,1]
+        x: float (B,C,H,W) in [0,1]; unless C is 3, only its light is changed
         factors: brightness, contrast, saturation, hue of each image, (B,4), on the CPU
         order: a permutation of 0..3 for each image, (B,4), on the CPU
         rows: which images are changed: indices, on the CPU; None: all
@@ -422,7 +439,8 @@ def color_jitter_(
     at_once = _images_at_once(x)
     scratch = x.new_empty(4, min(at_once, len(x)), *x.shape[-2:])
     alone = x.device.type == 'cpu' and at_once < 16
-    for those, steps in (_by_order if alone else _by_hue)(factors, order, rows):
+    groups = _by_order if alone else _by_hue
+    for those, steps in (groups if x.shape[1] == 3 else _by_light)(factors, order, rows):
 
         def change(y, i):
             for step in steps:

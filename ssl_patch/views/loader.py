@@ -7,12 +7,13 @@ __all__ = ['seed_for', 'generator_for', 'ViewLoader']
 
 # %% ../../nbs/views/04_loader.ipynb #0997f20a
 import hashlib
+import warnings
 
 import torch
 
 from ..ground.checks import require, require_int
-from .augmentations import Augmentation, apply_params_, draw_boxes, draw_params
-from .augmentations import make_view
+from .augmentations import Augmentation, apply_params_, colors_left_out, draw_boxes
+from .augmentations import draw_params, make_view
 from .crops import View, crop_axes
 from .fast_cpu import crop_one
 
@@ -47,21 +48,21 @@ def generator_for(
 class _CroppedBatches(torch.utils.data.Dataset):
     "What a worker does: decode the images of a batch, and cut one crop of each for every view"
 
-    def __init__(self, store, augmentations, seed):
-        self.store = store
+    def __init__(self, store, augmentations, seed, channels):
+        self.store, self.channels = store, channels
         self.augmentations = augmentations
         self.seed = seed
 
     def __getitem__(self, what):
         epoch, indices = what
-        n, views = len(indices), []
+        n, C, views = len(indices), self.channels, []
         for a in self.augmentations:
             turns = torch.empty(n, dtype=torch.long) if a.turned else None
             flips = torch.empty(n, dtype=torch.bool)
-            views.append((torch.empty(n, 3, a.size, a.size), torch.empty(n, 4), flips, turns))
+            views.append((torch.empty(n, C, a.size, a.size), torch.empty(n, 4), flips, turns))
         for k, i in enumerate(indices):
             x, g = self.store[i], generator_for(self.seed, epoch, 'boxes', i)
-            require(x.ndim == 3 and len(x) == 3, f'image number {i} of the data', '(3,H,W)', x)
+            require(x.ndim == 3 and len(x) == C, f'image number {i} of the data', f'({C},H,W)', x)
             for a, (crops, boxes, flips, turns) in zip(self.augmentations, views):
                 box, flip, turn = draw_boxes(a, x.shape[-2:], g, 1)
                 mirrored, flip_ud, transposed = crop_axes(flip, turn)
@@ -77,7 +78,7 @@ class ViewLoader:
     """Batches of views of a store; order and numbers depend on (seed, epoch, batch) alone
 
     Args:
-        store: an image store: `Images`, or a uint8 tensor (N,3,H,W)
+        store: an image store: `Images`, or a uint8 tensor (N,C,H,W)
         augmentations: an Augmentation, or a list of them: one view for each
         batch_size: images in a batch; what an epoch leaves over is dropped
         seed: of the order and of all views
@@ -90,7 +91,7 @@ class ViewLoader:
 
     def __init__(
         self,
-        store,  # an image store: `Images`, or a uint8 tensor (N,3,H,W)
+        store,  # an image store: `Images`, or a uint8 tensor (N,C,H,W)
         augmentations,  # an Augmentation, or a list of them: one view for each
         batch_size: int,  # images in a batch; what an epoch leaves over is dropped
         seed: int = 0,  # of the order and of all views
@@ -110,6 +111,13 @@ class ViewLoader:
         self.workers = workers
         images = store if torch.is_tensor(store) else getattr(store, 'images', None)
         self.images = images.to(self.device) if images is not None else None
+        self.channels = images.shape[1] if images is not None else getattr(store, 'channels', 3)
+        if out := colors_left_out(self.augmentations, self.channels):
+            warnings.warn(
+                f'images of {self.channels} bands have no {", ".join(out)}: left out of the views '
+                '(brightness, contrast, blur and solarize are for any)',
+                stacklevel=2,
+            )
         self._idle = None  # workers that wait for the next epoch, and what they were made for
 
     def __len__(self):
@@ -137,11 +145,12 @@ class ViewLoader:
         return [(a, generator_for(*keys, i)) for i, a in enumerate(self.augmentations)]
 
     def _from_memory(self, epoch, start, batches):
+        C = self.channels
         for b, indices in enumerate(batches, start):
             self.phase('load')
             x = self.images[indices.to(self.device, non_blocking=True)]
             self.phase('views')
-            yield [make_view(x, a, g) for a, g in self._generators(epoch, b)], indices
+            yield [make_view(x, a, g, C) for a, g in self._generators(epoch, b)], indices
 
     def _from_files(self, epoch, start, batches):
         made_for, cropped = self._take_workers()
@@ -157,7 +166,7 @@ class ViewLoader:
 
     def cropper(self):
         "What workers do: batches of crops."
-        return _CroppedBatches(self.store, tuple(self.augmentations), self.seed)
+        return _CroppedBatches(self.store, tuple(self.augmentations), self.seed, self.channels)
 
     def finished(self, parts, augmentation, generator) -> View:
         "A view of the crops of a batch: its colours are changed."

@@ -7,7 +7,7 @@ export MPLBACKEND ?= agg
 # Threads that wait let others have the core: on a busy machine work slows in proportion, not by more.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test bench lab prepare notebooks clean
+.PHONY: help demo test bench lab prepare notebooks encoders clean
 help:            ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*##/ -/'
 
@@ -15,7 +15,7 @@ $(STAMP): settings.ini setup.py pyproject.toml
 	@bash scripts/install.sh $(VENV)
 	@touch $@
 
-demo: $(STAMP)   ## pretrain on real photographs (about 4 minutes on 2 cores), then show what was learnt
+demo: $(STAMP)   ## pretrain on real photographs (a few minutes on 2 cores), then show what was learnt
 	@$(BIN) ssl_patch demo --overwrite
 
 test: $(STAMP)   ## every check: exported modules, clean notebooks, lint, format, notebooks, pytest
@@ -25,8 +25,8 @@ bench: $(STAMP)  ## time everything beside torchvision, kornia and lightly (unde
 	@$(PY) -m uv pip install -q --python $(PY) -e '.[bench]' 2>/dev/null || $(PY) -m pip install -q --disable-pip-version-check -e '.[bench]' || echo 'kornia and lightly cannot be installed: left out'
 	@$(PY) scripts/bench.py all
 
-lab: $(STAMP)    ## open the notebooks in JupyterLab
-	@MPLBACKEND= $(VENV)/bin/jupyter lab nbs
+lab: $(STAMP)    ## open the tour in JupyterLab, and all notebooks beside it
+	@MPLBACKEND= $(VENV)/bin/jupyter lab nbs/00_tour.ipynb
 
 prepare: $(STAMP) ## after editing notebooks: format and clean them, export the package, write README.md
 	@$(BIN) ruff format -q nbs tests scripts setup.py
@@ -34,6 +34,9 @@ prepare: $(STAMP) ## after editing notebooks: format and clean them, export the 
 
 notebooks: $(STAMP) ## run every notebook anew (within 8 minutes on 2 cores), keep what it shows, then write README.md
 	@$(BIN) python scripts/run_notebooks.py
+
+encoders: $(STAMP) ## train the small encoders that come with the package anew
+	@$(BIN) python scripts/train_encoders.py
 
 clean:           ## remove the virtual environment
 	rm -rf $(VENV)

@@ -35,7 +35,7 @@ setup(
         'Programming Language :: Python :: 3',
     ],
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
-    package_data={cfg['lib_path']: ['py.typed']},
+    package_data={cfg['lib_path']: ['py.typed', 'models/trained/*.safetensors']},
     python_requires='>=' + cfg['min_python'],
     install_requires=shlex.split(cfg['requirements']),
     extras_require={

@@ -28,20 +28,20 @@ def from_the_root(text):
     return down.replace('](../', '](')
 
 
-def picture(number, kind, content):
+def picture(number, kind, content, words):
     "A picture as a file, written only where it has changed."
     path = NBS / 'images' / f'index_{number}.{kind}'
     path.parent.mkdir(exist_ok=True)
     if not path.exists() or path.read_bytes() != content:
         path.write_bytes(content)
-    return f'![](nbs/images/{path.name})'
+    return f'![{words}](nbs/images/{path.name})'
 
 
-def output_text(number, output):
+def output_text(number, output, words=''):
     data = output.get('data', {})
     for kind in ('png', 'jpeg'):
         if f'image/{kind}' in data:
-            return picture(number, kind, base64.b64decode(''.join(data[f'image/{kind}'])))
+            return picture(number, kind, base64.b64decode(''.join(data[f'image/{kind}'])), words)
     if 'text/markdown' in data:
         return from_the_root(''.join(data['text/markdown']))
     if 'text/plain' in data:
@@ -56,7 +56,9 @@ def cell_text(number, cell):
         return from_the_root(source)
     if source.startswith('#| hide'):
         return ''
-    parts = [output_text(number, o) for o in merged(cell.get('outputs', []))]
+    words = re.search(r'^#\| fig-alt: (.*)$', source, re.M)  # of a picture, for who cannot see it
+    words = words[1] if words else ''
+    parts = [output_text(number, o, words) for o in merged(cell.get('outputs', []))]
     if source and '#| echo: false' not in source:
         code = re.sub(r'^#\|.*\n', '', source, flags=re.M).strip()
         parts.insert(0, f'```python\n{code}\n```')

@@ -7,6 +7,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+from ssl_patch.models.shipped import trained_encoders
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / 'ssl_patch'
 MODULES = [
@@ -67,7 +69,7 @@ for m in ours:
 
 
 def test_wheel(tmp_path):
-    "The wheel holds modules and py.typed, no notebooks or tests; its metadata keeps extras apart."
+    "Modules, py.typed, trained encoders; no notebooks or tests; extras are apart in the metadata."
     src = tmp_path / 'src'
     src.mkdir()  # a copy: building leaves folders behind
     for f in ('settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE', 'MANIFEST.in'):
@@ -83,6 +85,8 @@ def test_wheel(tmp_path):
     ours = {f'ssl_patch/{m.replace(".", "/")}.py' for m in [*MODULES, '__main__', '__init__']}
     assert ours | {'ssl_patch/py.typed'} <= set(names)
     assert {f'ssl_patch/{m.split(".")[0]}/__init__.py' for m in MODULES if '.' in m} <= set(names)
+    trained = {f'ssl_patch/models/trained/{n}.safetensors' for n in trained_encoders()}
+    assert len(trained) > 2 and trained <= set(names)
     assert not [n for n in names if n.endswith('.ipynb') or n.startswith('tests')]
     read = lambda end: wheel.read(next(n for n in names if n.endswith(end))).decode()
     assert 'ssl_patch = ssl_patch.__main__:main' in read('entry_points.txt')

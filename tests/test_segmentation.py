@@ -22,6 +22,7 @@ from ssl_patch.evaluation.patches import (
 )
 from ssl_patch.evaluation.features import extract, RawPixels
 from ssl_patch.evaluation.linear import fit_linear, standardise
+from ssl_patch.ground.plots import RIGHT, WRONG
 from ssl_patch.evaluation.figures import (
     similarity_map,
     show_neighbours,
@@ -47,11 +48,11 @@ def test_neighbours_are_framed_by_their_label():
     data = make_data(noise=5)
     rows = frames(show_neighbours(Net(1), data, queries=[0, 4], k=3))
     assert [r[0][0] for r in rows] == ['c0', 'c1'] and all(
-        c == to_rgba('tab:blue') for r in rows for _, c in r[1:]
+        c == to_rgba(RIGHT) for r in rows for _, c in r[1:]
     )
     data.train.labels = (data.train.labels + 1) % 3
     assert all(
-        c == to_rgba('tab:orange')
+        c == to_rgba(WRONG)
         for r in frames(show_neighbours(Net(), data, queries=2, k=3))
         for _, c in r[1:]
     )

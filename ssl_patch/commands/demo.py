@@ -25,7 +25,7 @@ class Demo:
     seed: int = 0
     'of everything'
 
-    epochs: int = 16
+    epochs: int = 20
     'passes over the photographs'
 
     overwrite: bool = False
@@ -41,10 +41,11 @@ class Demo:
             data='photos',
             method='aps',
             encoder='vit_tiny',
-            patch=4,
-            width=96,
-            depth=4,
-            heads=3,
+            size=64,
+            patch=8,
+            width=64,
+            depth=3,
+            heads=2,
             epochs=self.epochs,
             batch_size=128,
             lr=2e-3,

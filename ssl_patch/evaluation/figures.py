@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['without_mean', 'show_neighbours', 'pca_colors', 'show_patch_pca', 'similarity_map', 'draw_maps',
-           'show_similarity_map']
+           'show_similarity_map', 'show_gain']
 
 # %% ../../nbs/evaluation/14_figures.ipynb #ffff29ec
 import math
@@ -20,6 +20,7 @@ from .knn import topk_similar
 from .panels import named_encoders, picture_table, require_columns, shortened
 from .patches import patch_features, whole_features
 from ..ground.checks import require, require_choice, require_int
+from ..ground.plots import RIGHT, VIEW2, WRONG
 from ..ground.text import in_picture
 
 # %% ../../nbs/evaluation/14_figures.ipynb #11fe5d34
@@ -50,7 +51,7 @@ def show_neighbours(
     centered: bool = True,  # cosines without the mean of the bank; False: as they are, as in `knn`
     **extract_args,  # batch_size, device, workers, size, resize, amp: as in `extract`
 ):  # the matplotlib figure
-    """Queries and their nearest train images; blue frame: same label, orange: another.
+    """Queries and their nearest train images; green frame: same label, red: another.
 
     Args:
         encoders: an encoder, or a dict name -> encoder; frozen meanwhile
@@ -97,18 +98,19 @@ def _draw_neighbours(asked, bank, rows, k, centered):
     import matplotlib.pyplot as plt
 
     named = any(s.encoded is not None for s in (asked, bank))
-    size = ((k + 1) * (0.95 if named else 0.75), len(rows) * (1.0 if named else 0.9) + 0.3)
+    wide = max(1.0, min(1.5, 9 / (k + 1)))
+    size = ((k + 1) * wide, len(rows) * (wide + 0.25 + 0.1 * named) + 0.3)
     fig, axs = plt.subplots(len(rows), k + 1, figsize=size, squeeze=False, layout='constrained')
     for row, (name, q, near) in zip(axs, rows):
         _frame(row[0], asked, q, 'black', _word(asked, q) or 'query')
-        row[0].set_ylabel(in_picture(name), fontsize=7)
+        row[0].set_ylabel(in_picture(name), fontsize=9)
         for ax, (s, i) in zip(row[1:], near):
             _frame(ax, bank, i, _frame_color(asked, q, bank, i), f'{s:.2f}')
     title = 'query, and its nearest training images with cosine similarity'
     title += ' (mean of all removed)' if centered else ''
     if asked.labels is not None and bank.labels is not None:
-        title += ' · blue: same label, orange: another'
-    fig.suptitle(title, fontsize=7)
+        title += ' · green: same label, red: another'
+    fig.suptitle(title, fontsize=9)
     plt.close(fig)
     return fig
 
@@ -119,18 +121,18 @@ def _frame(ax, store, i, color, title):
     x = resize_center_crop(x, min(96, *x.shape[-2:]))
     ax.imshow(x.permute(1, 2, 0).cpu().numpy(), interpolation='nearest')
     ax.set(xticks=[], yticks=[])
-    ax.set_title(in_picture(title), fontsize=7, pad=2.5)
+    ax.set_title(in_picture(title), fontsize=9, pad=3)
     if store.encoded is not None:
-        ax.set_xlabel(in_picture(_ending(store.encoded.name(i))), fontsize=4.5, labelpad=1.5)
+        ax.set_xlabel(in_picture(_ending(store.encoded.name(i))), fontsize=6, labelpad=1.5)
     for s in ax.spines.values():
         s.set(color=color, linewidth=2.5 if color != 'none' else 0)
 
 
 def _frame_color(asked, q, bank, i):
-    "Blue: query and neighbour have the same label, orange: another; none where one has no label."
+    "Green: query and neighbour have the same label, red: another; none where one has no label."
     if any(s.labels is None or s.labels[j] < 0 for s, j in ((asked, q), (bank, i))):
         return 'none'
-    return 'tab:blue' if asked.labels[q] == bank.labels[i] else 'tab:orange'
+    return RIGHT if asked.labels[q] == bank.labels[i] else WRONG
 
 
 def _ending(name, n=20):
@@ -275,3 +277,36 @@ def show_similarity_map(
         for v in vectors:
             maps[f'{name}\n{v}'] = similarity_map(asking[v], f.patches, f.grid)
     return draw_maps(images, maps, title, strength)
+
+# %% ../../nbs/evaluation/14_figures.ipynb #0a7c0002
+def show_gain(
+    record,  # of the trained encoder, with its baselines: what `knn(encoder, data)` returns
+    history: list,  # a row for each epoch, with its `loss`: `run.history`
+    chance: float | None = None,  # loss of a network that tells nothing apart
+    name: str = 'trained',  # of the encoder
+):  # the matplotlib figure
+    """Left the loss over the epochs, with chance; right the record beside its baselines.
+
+    Args:
+        record: of the trained encoder, with its baselines: what `knn(encoder, data)` returns
+        history: a row for each epoch, with its `loss`: `run.history`
+        chance: loss of a network that tells nothing apart
+        name: of the encoder
+    """
+    import matplotlib.pyplot as plt
+
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 2.6), layout='constrained')
+    losses = [row['loss'] for row in history]
+    left.plot(range(1, len(losses) + 1), losses, 'o-', color=VIEW2, markersize=4)
+    if chance is not None:
+        left.axhline(chance, color='grey', linestyle=':', label='chance')
+        left.legend(frameon=False)
+    left.set(xlabel='epoch', title='The loss')
+    bars = {name: record.value} | dict(record.baselines)
+    bars = bars | ({'chance': record.chance} if record.chance is not None else {})
+    colors = [VIEW2] + ['0.75'] * (len(bars) - 1)
+    drawn = right.barh(list(bars), list(bars.values()), color=colors)
+    right.bar_label(drawn, fmt='%.3f', padding=3)
+    right.set(xlim=(0, 1.12 * max(bars.values())), title=f'What it is worth: {record.protocol}')
+    plt.close(fig)
+    return fig

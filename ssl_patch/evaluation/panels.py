@@ -299,7 +299,7 @@ def picture_table(
     columns: dict,  # heading -> anything
     draw,  # function (axes, number of the picture, columns[heading])
     title: str = '',  # above the figure
-    wide: float = 1.3,  # of a column, inches
+    wide: float | None = None,  # of a column, inches; None: 9 together, in reason
 ):  # the matplotlib figure
     """A row per picture: the picture, then what `draw` makes of every column.
 
@@ -308,14 +308,15 @@ def picture_table(
         columns: heading -> anything
         draw: function (axes, number of the picture, columns[heading])
         title: above the figure
-        wide: of a column, inches
+        wide: of a column, inches; None: 9 together, in reason
     """
     import matplotlib.pyplot as plt
 
     words, rows = ['image', *columns], len(pictures)
+    wide = wide or max(1.3, min(2.6, 9 / len(words)))
     tall = wide * pictures.shape[2] / pictures.shape[3]
     lines = max(w.count('\n') + 1 for w in words)
-    head = 0.08 + 0.13 * lines + 0.2 * bool(title)
+    head = 0.1 + 0.16 * lines + 0.24 * bool(title)
     size = (wide * len(words), tall * rows + head)
     fig, axs = plt.subplots(rows, len(words), figsize=size, squeeze=False)
     for i, row in enumerate(axs):
@@ -325,9 +326,9 @@ def picture_table(
         for ax in row:
             ax.axis('off')
     for ax, word in zip(axs[0], words):
-        ax.set_title(word, fontsize=7, pad=3)
+        ax.set_title(word, fontsize=9, pad=3)
     if title:
-        fig.suptitle(title, fontsize=8, y=0.99, va='top')
+        fig.suptitle(title, fontsize=10, y=0.99, va='top')
     fig.subplots_adjust(0, 0, 1, 1 - head / (tall * rows + head), 0.04, 0.04)
     plt.close(fig)
     return fig

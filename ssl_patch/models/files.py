@@ -15,16 +15,17 @@ from torch import Tensor, nn
 from ..ground.checks import height_width, image_size, require, require_int, shown
 from ..ground.checks import size_words
 from . import encoders  # noqa: F401 (makes its kinds known)
-from .channels import require_stats
 from .external import fill_encoder, wrap
 from ssl_patch.models.interface import (
     Encoder,
     build_encoder,
     check_spec,
     encoder_kinds,
+    require_stats,
     spec_of,
 )
 from .libraries import library_name
+from .shipped import trained_encoders
 from .weights import doubt_heads, first_line, read_weights, weight_suffixes
 
 # %% ../../nbs/models/07_files.ipynb #431ba60f
@@ -154,10 +155,6 @@ def load_encoder(
         why = ' '.join(str(e).split())[:300]
         raise ValueError(f'{path}: its tensors are not those of its spec: {why}') from e
     require(not odd, f'{path}: its tensors', 'of the types of its network', odd[:4])
-    try:
-        require_stats((encoder.mean, encoder.std), encoder.channels)
-    except ValueError as e:
-        raise ValueError(f'{path}: its statistics: {e}') from e
     encoder.card = card
     encoder.tower = card.get('tower', '')
     return encoder.eval()
@@ -176,14 +173,14 @@ def _checked(module, size):
     require(n is not None, 'what', words, kind)
     words_of = f'{n} or None: this encoder takes images of {size_words(n)} pixels'
     require(size in (None, n), 'size', words_of, size)
-    (height, width), bands = height_width(n), getattr(module, 'channels', 3)
+    height, width = height_width(n)
     modes = [(m, m.training) for m in module.modules()]
     here = next((t.device for t in [*module.parameters(), *module.buffers()]), 'cpu')
     try:
         with torch.no_grad():
-            out = module.eval()(torch.zeros(1, bands, height, width, device=here))
+            out = module.eval()(torch.zeros(1, 3, height, width, device=here))
     except Exception as e:
-        of = f'{kind.__name__} cannot run on a float image (1,{bands},{height},{width})'
+        of = f'{kind.__name__} cannot run on a float image (1,3,{height},{width})'
         raise ValueError(f'{of}: {first_line(e)}') from e
     finally:
         for m, mode in modes:
@@ -241,7 +238,7 @@ def _library_network(name, arch_args, size, resize, seed):
     usual = min(height_width(encoder.size)) * 8 // 7  # 256 for 224
     if not resize and encoder.resize != usual:
         encoder.resize = encoder.spec['resize'] = usual
-    return encoder.set_stats(*_imagenet) if encoder.channels == 3 else encoder
+    return encoder.set_stats(*_imagenet)
 
 
 def _our_network(arch, arch_args, size, resize, seed):
@@ -254,7 +251,7 @@ def _our_network(arch, arch_args, size, resize, seed):
         has = size or _size_of(arch)
         words = "an encoder of ours, 'timm/NAME', 'torchvision/NAME', or your network with size=..."
         require(has is not None, 'arch', words, type(arch))
-        return wrap(arch, has, resize=resize, channels=getattr(arch, 'channels', 3))
+        return wrap(arch, has, resize=resize)
     if isinstance(arch, dict):
         return _seeded(seed, lambda: build_encoder(current_spec(arch)))
     words = "'timm/NAME', 'torchvision/NAME', an encoder of ours, its spec, or your network, built"
@@ -292,8 +289,7 @@ def _network_for(path, spec, arch, arch_args, size, resize, seed):
     require(arch is not None, 'arch', words, arch)
     own = _own_spec(spec, path)
     if own and isinstance(arch, nn.Module) and not isinstance(arch, Encoder):
-        more = dict(resize=resize or own.get('resize'), channels=own.get('channels', 3))
-        return wrap(arch, own['size'], **more)
+        return wrap(arch, own['size'], resize=resize or own.get('resize'))
     return _our_network(arch, arch_args, size, resize, seed)
 
 
@@ -329,6 +325,14 @@ def _is_path(text):
     if text.startswith(('timm/', 'torchvision/')):
         return False
     return text.endswith(weight_suffixes) or '/' in text or Path(text).exists()
+
+
+def _library_name(what):
+    "Library and name of a network; where there is none, the error lists the package's own, too."
+    try:
+        return library_name(what)
+    except ValueError as e:
+        raise ValueError(f'{e}. With this package come {", ".join(trained_encoders())}') from e
 
 
 def _has_spec(path):
@@ -381,7 +385,6 @@ def open_encoder(
     stats: tuple | None = None,  # (mean, std) of [0,1] pixels; None: those that came with it
     resize: int | None = None,  # short side before the cut of `size`; None: the published one
     seed: int = 0,  # of random weights
-    channels: int | None = None,  # bands of the images, see *Other bands*; None: as it was made
 ) -> nn.Module:  # in eval mode; `.card` says what was opened, `.tower` which tower
     """An encoder from anywhere. `ValueError` for what does not fit, `FileNotFoundError` for files.
 
@@ -396,7 +399,6 @@ def open_encoder(
         stats: (mean, std) of [0,1] pixels; None: those that came with it
         resize: short side before the cut of `size`; None: the published one
         seed: of random weights
-        channels: bands of the images, see *Other bands*; None: as it was made
 
     Returns:
         in eval mode; `.card` says what was opened, `.tower` which tower
@@ -404,31 +406,32 @@ def open_encoder(
     size = image_size(size, 'size', optional=True)
     require_int(resize, 'resize', least=1, optional=True)
     require(isinstance(arch_args, dict | None), 'arch_args', 'a dict, or None', arch_args)
-    require_int(channels, 'channels', least=1, optional=True)
-    require_stats(stats, channels)
+    require_stats(stats)
     is_module, is_name = isinstance(what, nn.Module), isinstance(what, str)
     fine = is_module or is_name or isinstance(what, Path)
     require(fine, 'what', 'a name, a path or a torch nn.Module', what)
-    if not is_module and (not is_name or _is_path(what)):
+    ours = trained_encoders().get(what) if is_name and not _is_path(what) else None
+    if ours or not is_module and (not is_name or _is_path(what)):
         encoder = _open_path(
-            Path(what).expanduser(), arch, arch_args or {}, size, resize, tower, seed
+            Path(ours or what).expanduser(), arch, arch_args or {}, size, resize, tower, seed
         )
-        if channels not in (None, encoder.channels):
-            encoder = encoder.with_channels(channels)
+        if ours and not pretrained:
+            encoder = encoder.reinitialized(seed).eval()
+            encoder.card = dict(source=what, weights=f'random, seed {seed}')
         return encoder.set_stats(*stats) if stats else encoder
     require(arch is None, 'arch', 'None: it is for files of weights', arch)
     require(tower == 'online', 'tower', "'online': others are for files of weights", tower)
     if is_module and size and _size_of(what) is None:
         require(not arch_args, 'arch_args', 'None: they are for networks of libraries', arch_args)
-        return wrap(what, size, stats, resize, channels or 3)
+        return wrap(what, size, stats, resize)
     if is_module:
-        given = arch_args or stats or resize or channels
+        given = arch_args or stats or resize
         words = 'None: a module is given back as it is'
-        require(not given, 'arch_args, stats, resize and channels', words, given)
+        require(not given, 'arch_args, stats and resize', words, given)
         return _checked(what, size)
-    kind, name = library_name(what)
-    how = dict(pretrained=pretrained, channels=channels or 3) | (arch_args or {})
-    encoder = _seeded(seed, lambda: encoder_kinds[kind](name, size, resize, **how))
+    kind, name = _library_name(what)
+    build = lambda: encoder_kinds[kind](name, size, resize, pretrained, **(arch_args or {}))
+    encoder = _seeded(seed, build)
     weights = 'published' if pretrained else f'random, seed {seed}'
     encoder.card = dict(source=encoder.label, weights=weights)
     return encoder.set_stats(*stats) if stats else encoder

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from ..ground.checks import height_width, image_size, require, require_int, shown
 from ..ground.checks import size_words
 from . import encoders  # noqa: F401 (makes its kinds known)
+from .channels import require_stats
 from .external import fill_encoder, wrap
 from ssl_patch.models.interface import (
     Encoder,
     build_encoder,
     check_spec,
     encoder_kinds,
-    require_stats,
     spec_of,
 )
 from .libraries import library_name
@@ -155,6 +155,10 @@ def load_encoder(
         why = ' '.join(str(e).split())[:300]
         raise ValueError(f'{path}: its tensors are not those of its spec: {why}') from e
     require(not odd, f'{path}: its tensors', 'of the types of its network', odd[:4])
+    try:
+        require_stats((encoder.mean, encoder.std), encoder.channels)
+    except ValueError as e:
+        raise ValueError(f'{path}: its statistics: {e}') from e
     encoder.card = card
     encoder.tower = card.get('tower', '')
     return encoder.eval()
@@ -173,14 +177,14 @@ def _checked(module, size):
     require(n is not None, 'what', words, kind)
     words_of = f'{n} or None: this encoder takes images of {size_words(n)} pixels'
     require(size in (None, n), 'size', words_of, size)
-    height, width = height_width(n)
+    (height, width), bands = height_width(n), getattr(module, 'channels', 3)
     modes = [(m, m.training) for m in module.modules()]
     here = next((t.device for t in [*module.parameters(), *module.buffers()]), 'cpu')
     try:
         with torch.no_grad():
-            out = module.eval()(torch.zeros(1, 3, height, width, device=here))
+            out = module.eval()(torch.zeros(1, bands, height, width, device=here))
     except Exception as e:
-        of = f'{kind.__name__} cannot run on a float image (1,3,{height},{width})'
+        of = f'{kind.__name__} cannot run on a float image (1,{bands},{height},{width})'
         raise ValueError(f'{of}: {first_line(e)}') from e
     finally:
         for m, mode in modes:
@@ -238,7 +242,7 @@ def _library_network(name, arch_args, size, resize, seed):
     usual = min(height_width(encoder.size)) * 8 // 7  # 256 for 224
     if not resize and encoder.resize != usual:
         encoder.resize = encoder.spec['resize'] = usual
-    return encoder.set_stats(*_imagenet)
+    return encoder.set_stats(*_imagenet) if encoder.channels == 3 else encoder
 
 
 def _our_network(arch, arch_args, size, resize, seed):
@@ -251,7 +255,7 @@ def _our_network(arch, arch_args, size, resize, seed):
         has = size or _size_of(arch)
         words = "an encoder of ours, 'timm/NAME', 'torchvision/NAME', or your network with size=..."
         require(has is not None, 'arch', words, type(arch))
-        return wrap(arch, has, resize=resize)
+        return wrap(arch, has, resize=resize, channels=getattr(arch, 'channels', 3))
     if isinstance(arch, dict):
         return _seeded(seed, lambda: build_encoder(current_spec(arch)))
     words = "'timm/NAME', 'torchvision/NAME', an encoder of ours, its spec, or your network, built"
@@ -289,7 +293,8 @@ def _network_for(path, spec, arch, arch_args, size, resize, seed):
     require(arch is not None, 'arch', words, arch)
     own = _own_spec(spec, path)
     if own and isinstance(arch, nn.Module) and not isinstance(arch, Encoder):
-        return wrap(arch, own['size'], resize=resize or own.get('resize'))
+        more = dict(resize=resize or own.get('resize'), channels=own.get('channels', 3))
+        return wrap(arch, own['size'], **more)
     return _our_network(arch, arch_args, size, resize, seed)
 
 
@@ -385,6 +390,7 @@ def open_encoder(
     stats: tuple | None = None,  # (mean, std) of [0,1] pixels; None: those that came with it
     resize: int | None = None,  # short side before the cut of `size`; None: the published one
     seed: int = 0,  # of random weights
+    channels: int | None = None,  # bands of the images, see *Other bands*; None: as it was made
 ) -> nn.Module:  # in eval mode; `.card` says what was opened, `.tower` which tower
     """An encoder from anywhere. `ValueError` for what does not fit, `FileNotFoundError` for files.
 
@@ -399,6 +405,7 @@ def open_encoder(
         stats: (mean, std) of [0,1] pixels; None: those that came with it
         resize: short side before the cut of `size`; None: the published one
         seed: of random weights
+        channels: bands of the images, see *Other bands*; None: as it was made
 
     Returns:
         in eval mode; `.card` says what was opened, `.tower` which tower
@@ -406,7 +413,8 @@ def open_encoder(
     size = image_size(size, 'size', optional=True)
     require_int(resize, 'resize', least=1, optional=True)
     require(isinstance(arch_args, dict | None), 'arch_args', 'a dict, or None', arch_args)
-    require_stats(stats)
+    require_int(channels, 'channels', least=1, optional=True)
+    require_stats(stats, channels)
     is_module, is_name = isinstance(what, nn.Module), isinstance(what, str)
     fine = is_module or is_name or isinstance(what, Path)
     require(fine, 'what', 'a name, a path or a torch nn.Module', what)
@@ -418,20 +426,22 @@ def open_encoder(
         if ours and not pretrained:
             encoder = encoder.reinitialized(seed).eval()
             encoder.card = dict(source=what, weights=f'random, seed {seed}')
+        if channels not in (None, encoder.channels):
+            encoder = encoder.with_channels(channels)
         return encoder.set_stats(*stats) if stats else encoder
     require(arch is None, 'arch', 'None: it is for files of weights', arch)
     require(tower == 'online', 'tower', "'online': others are for files of weights", tower)
     if is_module and size and _size_of(what) is None:
         require(not arch_args, 'arch_args', 'None: they are for networks of libraries', arch_args)
-        return wrap(what, size, stats, resize)
+        return wrap(what, size, stats, resize, channels or 3)
     if is_module:
-        given = arch_args or stats or resize
+        given = arch_args or stats or resize or channels
         words = 'None: a module is given back as it is'
-        require(not given, 'arch_args, stats and resize', words, given)
+        require(not given, 'arch_args, stats, resize and channels', words, given)
         return _checked(what, size)
     kind, name = _library_name(what)
-    build = lambda: encoder_kinds[kind](name, size, resize, pretrained, **(arch_args or {}))
-    encoder = _seeded(seed, build)
+    how = dict(pretrained=pretrained, channels=channels or 3) | (arch_args or {})
+    encoder = _seeded(seed, lambda: encoder_kinds[kind](name, size, resize, **how))
     weights = 'published' if pretrained else f'random, seed {seed}'
     encoder.card = dict(source=encoder.label, weights=weights)
     return encoder.set_stats(*stats) if stats else encoder

@@ -69,12 +69,12 @@ def test_killed_then_called_again(tmp_path):
     found = subprocess.run(['pgrep', '-f', str(run)], capture_output=True, text=True).stdout.split()
     process.kill()
     process.wait()
-    with pytest.raises(ValueError, match='is going on, or runs that it started'):
+    with pytest.raises(BlockingIOError, match='is at work in'):
         run_plan(read_plan(file))  # the run outlives its campaign, and holds the lock
     for pid in found:
         os.kill(int(pid), signal.SIGKILL)
     plan = read_plan(file)
-    wait_for(lambda: not is_locked(tmp_path / 'runs' / '.campaign' / 'lock'))
+    wait_for(lambda: not is_locked(tmp_path / 'runs' / '.campaign' / '.lock'))
     assert job_state(plan, plan.jobs[0])['done'] == 0
     run_plan(plan)
     (one,) = load_runs(plan.records)

@@ -14,6 +14,7 @@ import torch
 
 from steps import StopAt
 
+from ssl_patch.ground import files
 from ssl_patch.models.heads import mlp
 from ssl_patch.models.encoders import resnet
 from ssl_patch.methods.compose import build_method
@@ -29,6 +30,11 @@ from ssl_patch.training.progress import (
     online_knn,
     plot_curves,
 )
+
+
+def files_in(folder):
+    "Names of the files of a run; its lock is none."
+    return {f.name for f in folder.iterdir() if f.name != '.lock'}
 
 
 def same(a, b):
@@ -109,7 +115,7 @@ def test_a_run_that_never_began_can_be_begun_again(pretrainer, tmp_path):
     run.method.loss = lambda q, k, queue: 1 / 0
     with pytest.raises(ZeroDivisionError):
         run.fit()
-    assert sorted(f.name for f in (tmp_path / 'r').iterdir()) == ['config.json']
+    assert files_in(tmp_path / 'r') == {'config.json'}
     pretrainer(out=tmp_path / 'r', lr=0.0123).fit(1)
     assert json.loads((tmp_path / 'r' / 'config.json').read_text())['lr'] == 0.0123
 
@@ -238,7 +244,7 @@ def test_disk_that_refuses(pretrainer, tmp_path, monkeypatch):
     def full(*a):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(checkpoint.os, 'fsync', full)
+    monkeypatch.setattr(files.os, 'fsync', full)
     with pytest.raises(OSError, match='No space left on device.*previous version is untouched'):
         run.fit()
     monkeypatch.undo()
@@ -299,10 +305,11 @@ def test_loss_that_is_not_finite(pretrainer, tmp_path):
 
 def test_run_folder(pretrainer, tmp_path):
     run = pretrainer(out=tmp_path / 'r', knn_every=2).fit()
-    assert {f.name for f in (tmp_path / 'r').iterdir()} == {
+    assert files_in(tmp_path / 'r') == {
         'config.json',
         'metrics.csv',
         'checkpoint.pt',
+        'checkpoint.previous.pt',
         'encoder.safetensors',
         'curves.png',
     }

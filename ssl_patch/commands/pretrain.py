@@ -12,10 +12,11 @@ from typing import Annotated, get_args, get_origin
 import torch
 import tyro
 from ..ground.checks import require, require_choice
+from ..ground.files import atomic_write
 from ..methods.compose import build_method, load_papers
 from ..reports.profile import profile_run
 from ..reports.runs import load_run
-from ..training.checkpoint import as_json, atomic_write
+from ..training.run_folder import as_json
 from ..training.pretrain import Pretrainer
 from ssl_patch.commands.words import (
     change_augmentations,

@@ -20,6 +20,7 @@ from torch import Tensor
 from .decoding import decode, torchvision_op
 from .images import Images, resize_center_crop
 from ..ground.checks import height_width, require_int, size_words
+from ..ground.threads import stay
 from ..ground.text import plain
 
 # %% ../../nbs/data/04_files.ipynb #290470d5
@@ -285,7 +286,8 @@ class FileImages(Images):
             of (x uint8 (b,3,height,width), labels (b,) or None)
         """
         squares = _Squares(self, size, resize)
-        loader = torch.utils.data.DataLoader(squares, batch_size, num_workers=workers)
+        how = dict(num_workers=workers, worker_init_fn=stay)
+        loader = torch.utils.data.DataLoader(squares, batch_size, **how)
         device = device or 'cpu'
         for i, x in enumerate(loader):
             y = None if self.labels is None else self.labels[i * batch_size : (i + 1) * batch_size]

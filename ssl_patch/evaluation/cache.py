@@ -8,7 +8,7 @@ __all__ = ['hash_tensors', 'probe_noise', 'load_or_extract', 'cached_features']
 # %% ../../nbs/evaluation/04_cache.ipynb #0f49f78f
 import copy
 import hashlib
-import os
+import io
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ground.checks import height_width, require_choice
+from ..ground.files import atomic_write, require_undamaged
 from ssl_patch.evaluation.features import (
     LAYERS,
     accepted_size,
@@ -102,18 +103,18 @@ def _read_features(file):
     if not file or not file.is_file():
         return None
     try:
-        return torch.from_numpy(np.load(file, allow_pickle=False))
-    except (ValueError, EOFError, OSError):
+        require_undamaged(file)
+        return torch.from_numpy(np.load(file, allow_pickle=False)['features'])
+    except (ValueError, KeyError, EOFError, OSError):
         return None
 
 
 def _write_features(file, x):
     "Written aside, then renamed: a file is whole or not there."
     file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(f'.{os.getpid()}.tmp')
-    with open(aside, 'wb') as f:
-        np.save(f, x.numpy())
-    aside.replace(file)
+    data = io.BytesIO()
+    np.savez(data, features=x.numpy())  # an archive, which has check sums
+    atomic_write(file, data.getvalue())
 
 
 def load_or_extract(
@@ -140,7 +141,7 @@ def load_or_extract(
         (N,D)
     """
     kept = vars(data).setdefault('_features', {})
-    file = cache and Path(cache).expanduser() / f'features_{key}.npy'
+    file = cache and Path(cache).expanduser() / f'features_{key}.npz'
     x, version = kept.pop(key, (None, 0))
     if x is not None and x._version != version:
         x = None  # somebody changed them in place

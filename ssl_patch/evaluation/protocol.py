@@ -456,7 +456,7 @@ def evaluate(
     Returns:
         with its baselines
     """
-    began = time.time()
+    began = time.monotonic()
     check_record_args(name, seed, baselines, out)
     splits = checked_splits(data, layer, targets, encoder, overlap, least)
     train, test, y, v = splits[:4]
@@ -496,7 +496,7 @@ def evaluate(
         baselines=beside,
         chosen=found.chosen,
         each=pack_each(found.each),
-        seconds=round(time.time() - began, 2),
+        seconds=round(time.monotonic() - began, 2),
         hardware=hardware(device),
         **run_context(encoder, train, test, y, v),
     )

@@ -9,6 +9,7 @@ __all__ = ['weight_suffixes', 'flatten_state', 'tower_of', 'Found', 'find_weight
 # %% ../../nbs/models/04_weights.ipynb #b4cc009b
 import re
 import warnings
+import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ground.checks import require
+from ..ground.files import require_undamaged
 
 # %% ../../nbs/models/04_weights.ipynb #b47660a9
 def flatten_state(
@@ -353,6 +355,17 @@ def first_line(
     return f'{type(error).__name__}: {error}'.strip().split('\n')[0][:200]
 
 
+def _warn_of_damage(path):
+    "A check sum that does not fit is told; not refused, since it can be left out on purpose."
+    try:
+        require_undamaged(path)
+    except ValueError as e:
+        warnings.warn(
+            f'{e}. Unless it was written without check sums, its weights are not as they were',
+            stacklevel=3,
+        )
+
+
 def read_weights(
     path,  # .safetensors, or what torch.save wrote: .pt, .pth, .pth.tar, .ckpt, .bin
 ) -> dict:  # nested, as it was saved; tensors on the CPU
@@ -374,6 +387,8 @@ def read_weights(
             from safetensors.torch import load_file
 
             return load_file(path)
+        if zipfile.is_zipfile(path):
+            _warn_of_damage(path)
         with torch.serialization.safe_globals([Namespace]):
             state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:

@@ -14,15 +14,17 @@ import subprocess
 import sys
 import time
 from configparser import ConfigParser, Error
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from ..evaluation.records import Table, grid_lines
 from ..ground.checks import require, require_int, require_known, require_number
+from ..ground.files import alone_in, atomic_write
 from ..ground.text import plain
 from .runs import keep_runs, load_run, load_runs
-from ..training.checkpoint import as_json, atomic_write, graceful_stop
+from ..training.checkpoint import graceful_stop
+from ..training.run_folder import as_json
 
 # %% ../../nbs/reports/10_campaign.ipynb #e97affaf
 @dataclass(frozen=True)
@@ -275,26 +277,6 @@ def checked_out(
     return place
 
 # %% ../../nbs/reports/10_campaign.ipynb #7de060f4
-@contextmanager
-def _alone(plan):
-    "A lock on the folder of a plan, which runs inherit: it ends with the last of them."
-    place = plan.folder / '.campaign'
-    place.mkdir(parents=True, exist_ok=True)
-    with open(place / 'lock', 'a') as lock:
-        try:
-            import fcntl
-        except ImportError:  # Windows has none; two campaigns at once are not noticed there
-            yield None
-            return
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(
-                f'a campaign in {plan.folder} is going on, or runs that it started: wait for them'
-            ) from None
-        yield lock.fileno()
-
-
 class _Running:
     "A job whose commands are made one after the other."
 
@@ -374,7 +356,7 @@ def run_plan(
     say=print,  # takes the lines that tell what happens
 ) -> Table:  # as `plan_table`
     """Make the runs of a plan that are missing. `ValueError` before anything is started where a run
-    was made by other words than the plan has, or another campaign is at work in the folder.
+    was made by other words than the plan has, `BlockingIOError` where another campaign is at work.
 
     `KeyboardInterrupt` after a stop by Ctrl-C, exit code 143 after SIGTERM.
 
@@ -391,9 +373,10 @@ def run_plan(
     waiting = [j for j in plan.jobs if job_state(plan, j)['done'] < len(j.commands)]
     say(f'{len(plan.jobs) - len(waiting)} of {len(plan.jobs)} runs are done')
     end = time.monotonic() + 60 * minutes if minutes else float('inf')
-    failed = []
+    failed, place = [], plan.folder / '.campaign'
     with ExitStack() as stack:
-        lock = stack.enter_context(_alone(plan))
+        place.mkdir(parents=True, exist_ok=True)
+        lock = stack.enter_context(alone_in(place, 'a campaign, or a run that it began,'))
         code = checked_out(plan)
         stopped = stack.enter_context(graceful_stop())
         running = []

@@ -15,6 +15,7 @@ import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from ..ground.checks import require, shown
+from ..ground.files import atomic_write
 from ..evaluation.records import Record, load_records, translate_record
 
 # %% ../../nbs/reports/01_runs.ipynb #666526a6
@@ -363,9 +364,8 @@ def keep_runs(
     kept = {Path(r.folder).name: r for r in (_read_file(file) if file.is_file() else [])}
     kept |= {Path(r.folder).name: r for r in runs}
     file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix('.tmp')
-    aside.write_text('\n'.join(_line(kept[k]) for k in sorted(kept)) + '\n', encoding='utf-8')
-    return aside.replace(file)
+    lines = '\n'.join(_line(kept[k]) for k in sorted(kept)) + '\n'
+    return atomic_write(file, lines.encode())
 
 # %% ../../nbs/reports/01_runs.ipynb #c8bed37e
 def of_data(

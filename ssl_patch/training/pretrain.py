@@ -22,14 +22,14 @@ from ssl_patch.training.checkpoint import (
     as_identity,
     begin_run,
     continuation,
-    graceful_stop,
-    open_run,
+    in_training,
     provenance,
     require_same_run,
     said_of,
     settled_bf16,
     stop_run,
 )
+from .run_folder import open_run
 from .optim import GradClip, Schedule, make_optimizer
 from ssl_patch.training.progress import (
     Meter,
@@ -168,8 +168,8 @@ class Pretrainer:
         n = len(self.loader)
         first = self.batches // n
         last = self.epochs if epochs is None else min(self.epochs, first + epochs)
-        self.begin(last)
-        with graceful_stop() as stop, torch.random.fork_rng():
+        with in_training(self) as stop:
+            self.begin(last)
             for epoch in range(first, last):
                 for views, _ in self.loader.epoch(epoch, start=self.batches % n):
                     self.train_batch(views)
@@ -178,7 +178,7 @@ class Pretrainer:
                 self.end_epoch(epoch + 1)
                 if stop and self.batches < self.total:
                     stop_run(self, stop[0])
-        return self.finish()
+            return self.finish()
 
     def train_batch(
         self,
@@ -231,7 +231,7 @@ class Pretrainer:
             **collapse_stats(self.method.feature_log),
             lr=self.optimizer.param_groups[0]['lr'],
             seconds=self.seconds,
-            images_per_s=self.batches * batch_size / self.seconds,
+            images_per_s=self.batches * batch_size / max(self.seconds, 1e-9),
             knn=None,
         )
         if self.knn_every and (epoch % self.knn_every == 0 or epoch == self.epochs):
@@ -315,6 +315,7 @@ class Pretrainer:
             seed=self.seed,
             bf16=self.bf16,
             device=str(self.device),
+            threads=torch.get_num_threads() if self.device == 'cpu' else None,
             data=dict(name=data.name, train=len(data.train), images=self.images),
             augmentations=[asdict(a) for a in self.method.augmentations],
             **provenance(self.device),
@@ -325,7 +326,7 @@ class Pretrainer:
     def identity(self) -> dict:
         "What must agree before a checkpoint is continued."
         decides = ('method', 'encoder', 'data', 'train_config', 'seed', 'lr', 'bf16', 'slots')
-        return as_identity(self.run_config(), (*decides, 'augmentations'))
+        return as_identity(self.run_config(), (*decides, 'augmentations', 'threads'))
 
     def card(self) -> dict:
         "What the encoder file says of itself."
@@ -363,7 +364,7 @@ class Pretrainer:
         usual = asdict(Augmentation(self.encoder.size))  # some numbers are younger than others
         defaults = dict(train_config=asdict(TrainConfig()), augmentations=usual)
         theirs = state.get('identity', {})
-        free = ['data.name', 'bf16']
+        free = ['data.name', 'bf16', 'threads']
         if self.epochs > json.loads(theirs.get('train_config', '{}')).get('epochs', math.inf):
             free += ['train_config.epochs', 'train_config.warmup_epochs']
         changed = require_same_run(self.identity(), theirs, defaults, free)

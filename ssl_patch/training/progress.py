@@ -118,15 +118,15 @@ class Timer:
     "Seconds of training: `start` begins to count, `tick` adds what has passed since."
 
     def __init__(self):
-        self.seconds, self.began = 0.0, time.time()
+        self.seconds, self.began = 0.0, time.monotonic()
 
     def start(self):
         "Count from now on."
-        self.began = time.time()
+        self.began = time.monotonic()
 
     def tick(self):
         "Add the seconds since `start` or the last `tick`."
-        now = time.time()
+        now = time.monotonic()
         self.seconds += now - self.began
         self.began = now
 
@@ -359,7 +359,7 @@ class Progress:
             done: batches that are trained on already
             total: batches of the whole run
         """
-        self.total, self.first, self.begun = total, done, time.time()
+        self.total, self.first, self.begun = total, done, time.monotonic()
         self.bar, self.figure, self.last = None, None, -1e9
         if done >= total and self.mode != 'quiet':
             print('nothing left to train: the run is at its end')
@@ -403,9 +403,9 @@ class Progress:
         if self.bar:
             self.bar.comment = text
             self.bar.update_bar(done - self.first)
-        if time.time() - self.last < self.every and not last:
+        if time.monotonic() - self.last < self.every and not last:
             return
-        self.last = time.time()
+        self.last = time.monotonic()
         if self.mode == 'lines':
             left = (self.last - self.begun) * (self.total - done) / max(done - self.first, 1)
             parts = filter(None, [text, more, f'{format_time(left)} left'])

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data.images import Images, resize_center_crop
 from ..ground.checks import height_width, require, require_int
+from ..ground.threads import stay
 from .recipes import FinetuneConfig
 from ..views.loader import generator_for, seed_for
 
@@ -148,7 +149,7 @@ class LabelledLoader:
         order = torch.randperm(len(self.store), generator=generator_for(self.seed, e, 'order'))
         batches = order[: len(self) * self.batch_size].view(-1, self.batch_size)[start:]
         store = _Augmented(self.store, self.change, self.seed, e)
-        how = dict(num_workers=self.workers, pin_memory=self.pin)
+        how = dict(num_workers=self.workers, pin_memory=self.pin, worker_init_fn=stay)
         return zip(DataLoader(store, batch_sampler=batches.tolist(), **how), batches)
 
 # %% ../../nbs/transfer/03_augment.ipynb #cfdd5fd6

@@ -29,14 +29,14 @@ from ssl_patch.training.checkpoint import (
     as_identity,
     begin_run,
     continuation,
-    graceful_stop,
-    open_run,
+    in_training,
     provenance,
     require_same_run,
     said_of,
     settled_bf16,
     stop_run,
 )
+from ..training.run_folder import open_run
 from ssl_patch.training.progress import (
     Meter,
     Progress,
@@ -233,8 +233,8 @@ class FineTuner:
         n = len(self.loader)
         first = self.batches // n
         last = self.epochs if epochs is None else min(self.epochs, first + epochs)
-        self.begin(last)
-        with graceful_stop() as stop, torch.random.fork_rng():
+        with in_training(self) as stop:
+            self.begin(last)
             for epoch in range(first, last):
                 for batch, _ in self.loader.epoch(epoch, start=self.batches % n):
                     self.train_batch(batch)
@@ -243,7 +243,7 @@ class FineTuner:
                 self.end_epoch(epoch + 1)
                 if stop and self.batches < self.total:
                     stop_run(self, stop[0])
-        return self.finish()
+            return self.finish()
 
     def train_batch(
         self,
@@ -386,13 +386,14 @@ class FineTuner:
             resize=self.resize,
             overlap=self.overlap,
             data=data | dict(classes=self.classes, images=self.images),
+            threads=torch.get_num_threads() if self.device == 'cpu' else None,
             **provenance(self.device),
             **(dict(continued=self.continued) if self.continued else {}),
         )
 
     def identity(self) -> dict:
         "What must agree before a checkpoint is continued."
-        decides = ('encoder', 'start', 'finetune_config', 'seed', 'bf16', 'data')
+        decides = ('encoder', 'start', 'finetune_config', 'seed', 'bf16', 'data', 'threads')
         return as_identity(self.run_config(), decides)
 
     def state_dict(self) -> dict:
@@ -415,7 +416,7 @@ class FineTuner:
     def load_state_dict(self, state):
         """Go on from a state, also with more epochs, elsewhere, or in another precision.
         `ValueError` where it belongs to another run."""
-        theirs, free = state.get('identity', {}), ['data.name', 'bf16']
+        theirs, free = state.get('identity', {}), ['data.name', 'bf16', 'threads']
         if self.epochs > json.loads(theirs.get('finetune_config', '{}')).get('epochs', math.inf):
             free.append('finetune_config.epochs')
         changed = require_same_run(self.identity(), theirs, may_differ=free)

@@ -12,6 +12,7 @@ import warnings
 import torch
 
 from ..ground.checks import require, require_int
+from ..ground.threads import stay
 from .augmentations import Augmentation, apply_params_, colors_left_out, draw_boxes
 from .augmentations import draw_params, make_view
 from .crops import View, crop_axes
@@ -188,6 +189,7 @@ class ViewLoader:
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=self.device.type == 'cuda',
+            worker_init_fn=stay,
         )
 
     def close(self):

@@ -6,7 +6,6 @@
 __all__ = ['save_encoder', 'current_spec', 'current_card', 'load_encoder', 'open_encoder']
 
 # %% ../../nbs/models/07_files.ipynb #a3f0dbc3
-import hashlib
 import json
 from pathlib import Path
 
@@ -28,7 +27,8 @@ from ssl_patch.models.interface import (
 )
 from .libraries import library_name
 from .shipped import trained_encoders
-from .weights import doubt_heads, first_line, read_weights, weight_suffixes
+from .weights import digest, doubt_heads, first_line, read_weights
+from .weights import weight_suffixes
 
 # %% ../../nbs/models/07_files.ipynb #431ba60f
 def save_encoder(

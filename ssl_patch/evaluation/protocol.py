@@ -57,16 +57,7 @@ def labelled_splits(
     layer: str,  # 'image' or 'patch_mean'
     k: int | None = None,  # labelled train images that are needed at least
 ) -> list[Images]:  # train, test
-    """The labelled images of both splits; ValueError unless they can be probed.
-
-    Args:
-        data: with a test split
-        layer: 'image' or 'patch_mean'
-        k: labelled train images that are needed at least
-
-    Returns:
-        train, test
-    """
+    "The labelled images of both splits; ValueError unless they can be probed."
     _check_data(data, layer)
     found = []
     for name, split in (('train', data.train), ('test', data.test)):
@@ -104,17 +95,7 @@ def eval_splits(
     targets: tuple | None = None,  # tables (N,C) and (M,C) of 1, 0, -1
     k: int | None = None,  # labelled train images that are needed at least
 ) -> list[Images]:  # train, test
-    """Both splits: their labelled images, or whole where there are targets.
-
-    Args:
-        data: with a test split
-        layer: 'image' or 'patch_mean'
-        targets: tables (N,C) and (M,C) of 1, 0, -1
-        k: labelled train images that are needed at least
-
-    Returns:
-        train, test
-    """
+    "Both splits: their labelled images, or whole where there are targets."
     if targets is None:
         return labelled_splits(data, layer, k)
     return _targeted_splits(data, layer, targets)
@@ -123,11 +104,7 @@ def eval_splits(
 def check_overlap(
     overlap: str,  # 'refuse', 'drop' or 'keep'
 ):
-    """ValueError unless it says what is to be done about test images that were learned from.
-
-    Args:
-        overlap: 'refuse', 'drop' or 'keep'
-    """
+    "ValueError unless it says what is to be done about test images that were learned from."
     require_choice(overlap, 'overlap', ('refuse', 'drop', 'keep'))
 
 
@@ -149,18 +126,7 @@ def check_leakage(
     overlap: str,  # 'refuse', 'drop' or 'keep'
     name: str,  # of the data
 ) -> tuple:  # numbers of the train images to use, or None for all; a note; settings
-    """What to do about test images that were learned from. ValueError unless that was asked for.
-
-    Args:
-        train: what a probe learns from
-        test: what it is measured on
-        encoder: with `trained_on`, where it is known
-        overlap: 'refuse', 'drop' or 'keep'
-        name: of the data
-
-    Returns:
-        numbers of the train images to use, or None for all; a note; settings
-    """
+    "What to do about test images that were learned from. ValueError unless that was asked for."
     check_overlap(overlap)
     if not (can_fingerprint(train) and can_fingerprint(test)):
         return None, 'not checked for copies: too many files', {}
@@ -188,12 +154,7 @@ def note_unseen_classes(
     y: Tensor,  # (N,) train labels
     v: Tensor,  # (M,) test labels
 ) -> str:
-    """A note on test labels that the train labels lack, or ''.
-
-    Args:
-        y: (N,) train labels
-        v: (M,) test labels
-    """
+    "A note on test labels that the train labels lack, or ''."
     n = int((~torch.isin(v, y)).sum())
     return f'{n} test images are of classes without a training image' if n else ''
 
@@ -218,16 +179,7 @@ def checked_splits(
     overlap: str,  # 'refuse', 'drop' or 'keep'
     least: int,  # train images that are needed
 ) -> CheckedSplits:
-    """The splits without what must not be learned from. ValueError if they cannot be measured on.
-
-    Args:
-        data: with labels and a test split
-        layer: 'image' or 'patch_mean'
-        targets: tables (N,C) and (M,C) in place of labels
-        encoder: with `trained_on`, where it is known
-        overlap: 'refuse', 'drop' or 'keep'
-        least: train images that are needed
-    """
+    "The splits without what must not be learned from. ValueError if they cannot be measured on."
     train, test = eval_splits(data, layer, targets, least)
     use, leak, settings = check_leakage(train, test, encoder, overlap, data.name)
     y, v = (train.labels.cpu(), test.labels.cpu()) if targets is None else targets
@@ -250,15 +202,7 @@ def top1(
     pred: Tensor,  # (M,) predicted labels
     y: Tensor,  # (M,) true labels
 ) -> Score:  # with what every image got
-    """Top-1 accuracy.
-
-    Args:
-        pred: (M,) predicted labels
-        y: (M,) true labels
-
-    Returns:
-        with what every image got
-    """
+    "Top-1 accuracy."
     right = pred.cpu() == y.cpu()
     return Score(right.float().mean().item(), right)
 
@@ -268,14 +212,7 @@ def chance_level(
     v: Tensor,  # (M,) test labels, or (M,C) targets of 1, 0, -1
     n_classes: int,  # C
 ) -> float:
-    """Share of the most common test class; of targets, the mean share of 1 in classes that have
-    any.
-
-    Args:
-        y: (N,) train labels, or (N,C) targets
-        v: (M,) test labels, or (M,C) targets of 1, 0, -1
-        n_classes: C
-    """
+    "Share of the most common test class; of targets, the mean share of 1 in classes that have any."
     if v.ndim == 1:
         return v.bincount().max().item() / len(v)
     there = (v == 1).any(0)
@@ -294,14 +231,7 @@ def score_labels(
     metric: str,  # of `CLASS_METRICS`
     n_classes: int,  # C
 ) -> Score:
-    """What `metric` says of predicted labels. ValueError for a metric that is none of these.
-
-    Args:
-        pred: (M,) predicted labels
-        y: (M,) true labels
-        metric: of `CLASS_METRICS`
-        n_classes: C
-    """
+    "What `metric` says of predicted labels. ValueError for a metric that is none of these."
     require_choice(metric, 'metric', CLASS_METRICS)
     if metric == 'top-1':
         return top1(pred, y)
@@ -311,11 +241,7 @@ def score_labels(
 def label_chance(
     metric: str,  # of `CLASS_METRICS`
 ):  # function (train_y, test_y, n_classes) -> fraction
-    """What `metric` gives to one constant answer. ValueError for a metric that is none of these.
-
-    Args:
-        metric: of `CLASS_METRICS`
-    """
+    "What `metric` gives to one constant answer. ValueError for a metric that is none of these."
     require_choice(metric, 'metric', CLASS_METRICS)
     return chance_level if metric == 'top-1' else lambda y, v, n_classes: 1 / len(v.unique())
 
@@ -324,15 +250,7 @@ def random_twin(
     encoder: nn.Module,  # that is measured
     seed: int,  # of the random weights
 ) -> nn.Module | None:  # None where none can be made, or the encoder is one itself
-    """The same network with random weights, to stand beside the encoder.
-
-    Args:
-        encoder: that is measured
-        seed: of the random weights
-
-    Returns:
-        None where none can be made, or the encoder is one itself
-    """
+    "The same network with random weights, to stand beside the encoder."
     if not hasattr(encoder, 'reinitialized'):
         return None
     card, own = getattr(encoder, 'card', None), encoder.state_dict()
@@ -355,14 +273,7 @@ def baseline_encoders(
     size: int | tuple,  # of the input, pixels
     seed: int,  # of the random weights
 ):
-    """(name, encoder), one after the other.
-
-    Args:
-        encoder: that is measured
-        data: raw pixels are normalised as its images are
-        size: of the input, pixels
-        seed: of the random weights
-    """
+    "(name, encoder), one after the other."
     device = size_and_device(encoder, size, None)[1]
     yield 'raw pixels', RawPixels(size, data.mean, data.std).to(device)
     if (twin := random_twin(encoder, seed)) is not None:
@@ -430,32 +341,7 @@ def evaluate(
     train_features: bool = True,  # False: `score` gets None in their place
     **extract_args,  # batch_size, device, workers, size, resize, amp: as in `extract`; cache
 ) -> Record:  # with its baselines
-    """Score a protocol on an encoder and on its baselines. ValueError before work for unfit data.
-
-    Args:
-        score: function (train_x, train_y, test_x, test_y, n_classes) -> `Score`, or a fraction
-        encoder: frozen while measured, left as it was
-        data: with labels and a test split
-        protocol: name for the record
-        settings: what repeats `score`, for the record
-        layer: 'image' or 'patch_mean'
-        name: which encoder this is; None: its tower, or 'encoder'
-        seed: of the random encoder, and for the record
-        baselines: also raw pixels and `encoder.reinitialized(seed)`
-        metric: what `score` returns
-        targets: (train (N,C), test (M,C)) of 1, 0, -1 in place of labels
-        chance: function (train_y, test_y, n_classes) -> fraction; None: `chance_level`
-        overlap: where test images are in train: 'refuse', 'drop' or 'keep'
-        out: run folder to which the record is added
-        with_network: hand `score` two things more: the network, the train images
-        least: train images that the protocol needs
-        check: (train_y, test_y, numbers of the train images) -> more settings, before work
-        train_features: False: `score` gets None in their place
-        **extract_args: batch_size, device, workers, size, resize, amp: as in `extract`; cache
-
-    Returns:
-        with its baselines
-    """
+    "Score a protocol on an encoder and on its baselines. ValueError before work for unfit data."
     began = time.monotonic()
     check_record_args(name, seed, baselines, out)
     splits = checked_splits(data, layer, targets, encoder, overlap, least)

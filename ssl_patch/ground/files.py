@@ -18,12 +18,7 @@ def atomic_write(
     data: bytes,  # its new content
 ) -> Path:
     """Write beside `path`, flush to disk, rename: the file is always the old one or the new one.
-    `OSError` where it cannot be written, with the old one untouched.
-
-    Args:
-        path: file to replace
-        data: its new content
-    """
+    `OSError` where it cannot be written, with the old one untouched."""
     path = Path(path)
     aside = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     try:
@@ -42,11 +37,7 @@ def atomic_write(
 def require_undamaged(
     path: Path,  # a zip archive: .pt, .npz
 ):
-    """`ValueError` for a file that is not whole, or of which a bit has changed.
-
-    Args:
-        path: a zip archive: .pt, .npz
-    """
+    "`ValueError` for a file that is not whole, or of which a bit has changed."
     try:
         with zipfile.ZipFile(path) as z:
             bad = z.testzip()
@@ -61,12 +52,7 @@ def alone_in(
     folder: Path,  # one that is there
     what: str,  # who is at work there, for the error: 'a run'
 ):  # yields the descriptor of the lock; None where there are no locks
-    """Hold the lock of a folder. `BlockingIOError` where another process holds it.
-
-    Args:
-        folder: one that is there
-        what: who is at work there, for the error: 'a run'
-    """
+    "Hold the lock of a folder. `BlockingIOError` where another process holds it."
     try:
         import fcntl
     except ImportError:

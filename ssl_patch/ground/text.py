@@ -21,11 +21,7 @@ def _is_shown(c):
 def plain(
     text,  # a name or a sentence; anything else as `str` gives it
 ) -> str:
-    """The same in one line, without anything that a terminal obeys.
-
-    Args:
-        text: a name or a sentence; anything else as `str` gives it
-    """
+    "The same in one line, without anything that a terminal obeys."
     text = str(text)
     if text.isprintable():
         return text
@@ -41,11 +37,7 @@ _ESCAPES = {'<': '&lt;', '&': '&amp;', ']': r'\]', '$': r'\$'}
 def markdown(
     text,  # a name or a sentence; anything else as `str` gives it
 ) -> str:
-    """The same as one line of Markdown that shows it as it is.
-
-    Args:
-        text: a name or a sentence; anything else as `str` gives it
-    """
+    "The same as one line of Markdown that shows it as it is."
 
     def escaped(m):
         return _ESCAPES.get(m[0]) or m[0][:-1] * 2 + r'\|'
@@ -56,9 +48,5 @@ def markdown(
 def in_picture(
     text,  # a name or a sentence
 ) -> str:
-    """The same as one line of a picture by matplotlib, with dollar signs as they are.
-
-    Args:
-        text: a name or a sentence
-    """
+    "The same as one line of a picture by matplotlib, with dollar signs as they are."
     return plain(text).replace('$', r'\$')

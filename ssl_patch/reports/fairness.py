@@ -19,13 +19,7 @@ def md_table(
     rows,  # lists of cells
     links: bool = False,  # cells are Markdown of one's own, with links; else names and numbers
 ) -> Table:
-    """A table in Markdown, shown as such; a name stays in its cell, whatever it holds.
-
-    Args:
-        head: column headings
-        rows: lists of cells
-        links: cells are Markdown of one's own, with links; else names and numbers
-    """
+    "A table in Markdown, shown as such; a name stays in its cell, whatever it holds."
     written = str if links else markdown
     line = lambda cells: '| ' + ' | '.join(map(written, cells)) + ' |'
     return Table('\n'.join([line(head), line(['---'] * len(head)), *map(line, rows)]))
@@ -34,11 +28,7 @@ def md_table(
 def updates(
     run: Run,  # any
 ) -> int:
-    """Optimiser steps: batches times the sets of patches drawn of each; 0 if no epoch was recorded.
-
-    Args:
-        run: any
-    """
+    "Optimiser steps: batches times the sets of patches drawn of each; 0 if no epoch was recorded."
     if not run.history or 'batches' not in run.history[-1]:
         return 0
     sampler = run.config.get('slots', {}).get('patch_sampler', '')
@@ -63,14 +53,7 @@ def _network(e):
 def run_facts(
     run: Run,  # any
 ) -> dict:  # what -> value, in words
-    """What has to be the same in all runs of a comparison.
-
-    Args:
-        run: any
-
-    Returns:
-        what -> value, in words
-    """
+    "What has to be the same in all runs of a comparison."
     at = lambda *path: _at(run.config, *path)
     augmentations = run.config.get('augmentations') or [{}]
     network = next((x.architecture for x in run.records if x.architecture), 'not recorded')
@@ -122,12 +105,7 @@ def check_equal_budget(
     runs,  # at least one
     differ=(),  # facts that may differ between methods
 ) -> Table:
-    """What all runs share, and what they took. ValueError if they differ, or if one stopped early.
-
-    Args:
-        runs: at least one
-        differ: facts that may differ between methods
-    """
+    "What all runs share, and what they took. ValueError if they differ, or if one stopped early."
     require(runs, 'runs', 'at least one run', runs)
     for r in runs:
         _check_finished(r)
@@ -153,12 +131,7 @@ def method_table(
     runs,  # the first run of each method is described
     slots=SLOTS,  # columns; one that no run has is left out
 ) -> Table:
-    """What fills the slots of each method.
-
-    Args:
-        runs: the first run of each method is described
-        slots: columns; one that no run has is left out
-    """
+    "What fills the slots of each method."
     first = {r.name: r.config.get('slots', {}) for r in reversed(runs)}
     slots = [s for s in slots if any(s in f for f in first.values())]
     rows = [[n, *(first[n].get(s, '–') for s in slots)] for n in method_names(runs)]

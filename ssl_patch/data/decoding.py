@@ -32,7 +32,14 @@ def _without_outlier(u):
 def find_range(
     images: Iterable[np.ndarray],  # pixels of any type; a few hundred images say enough
 ) -> tuple:  # (low, high): what becomes 0 and 255
-    "One range for images with more than 8 bits."
+    """One range for images with more than 8 bits.
+
+    Args:
+        images: pixels of any type; a few hundred images say enough
+
+    Returns:
+        (low, high): what becomes 0 and 255
+    """
     seen = [np.zeros(0)]
     for values in images:
         v = values[np.isfinite(values)].ravel().astype(np.float64)
@@ -57,7 +64,15 @@ def to_8_bits(
     values: np.ndarray,  # of any type
     value_range: tuple,  # (low, high): what becomes 0 and 255; what lies beyond is cut
 ) -> np.ndarray:  # the same shape, uint8
-    "Pixels as 8 bits."
+    """Pixels as 8 bits.
+
+    Args:
+        values: of any type
+        value_range: (low, high): what becomes 0 and 255; what lies beyond is cut
+
+    Returns:
+        the same shape, uint8
+    """
     low, high = value_range
     if values.dtype.kind in 'iu' and low == 0 and high in [2**b - 1 for b in range(8, 33)]:
         shift = int(high).bit_length() - 8
@@ -67,7 +82,12 @@ def to_8_bits(
 
 # %% ../../nbs/data/03_decoding.ipynb #38ca3bf6
 class BandsError(ValueError):
-    "An image has other bands than are asked for."
+    """An image has other bands than are asked for.
+
+    Args:
+        bands: of the image
+        channels: that are asked for; None: the colours
+    """
 
     def __init__(
         self,
@@ -83,7 +103,15 @@ def as_channels(
     x: np.ndarray,  # (H,W,C), uint8
     channels: int | None,  # that are asked for; None: 3
 ) -> np.ndarray:  # (H,W,channels)
-    "Grey from colours, colours from grey, or the first of many bands. `BandsError` for others."
+    """Grey from colours, colours from grey, or the first of many bands. `BandsError` for others.
+
+    Args:
+        x: (H,W,C), uint8
+        channels: that are asked for; None: 3
+
+    Returns:
+        (H,W,channels)
+    """
     want, bands = channels or 3, x.shape[2]
     if bands == want:
         return x
@@ -124,7 +152,11 @@ def _upright(x, number):
 def torchvision_op(
     name: str,  # such as 'decode_jpeg'
 ):
-    "torchvision's bare operator, as the function around it warns at every call; or None."
+    """torchvision's bare operator, as the function around it warns at every call; or None.
+
+    Args:
+        name: such as 'decode_jpeg'
+    """
     try:
         return importlib.import_module('torchvision.io') and getattr(torch.ops.image, name)
     except (ImportError, AttributeError):
@@ -147,7 +179,14 @@ def _all_bands(data):
 def deep_pixels(
     data: bytes,  # a file whose header has a depth, or more than three bands
 ) -> np.ndarray:  # (H,W,C) of the type that is stored, upright; alpha is the last of 2 or 4
-    "The pixels of an image with more than 8 bits, as they are stored."
+    """The pixels of an image with more than 8 bits, as they are stored.
+
+    Args:
+        data: a file whose header has a depth, or more than three bands
+
+    Returns:
+        (H,W,C) of the type that is stored, upright; alpha is the last of 2 or 4
+    """
     if data[:4] in TIFF and read_header(data).bands > 3:
         return _all_bands(data)
     with open_image(data) as im:
@@ -194,7 +233,15 @@ def from_pil(
     im,  # a PIL image of 8 bits
     channels: int | None = None,  # 1 or 3; None: 3
 ) -> np.ndarray:  # (H,W,channels), uint8
-    "Pixels of a PIL image, upright, what is transparent on white."
+    """Pixels of a PIL image, upright, what is transparent on white.
+
+    Args:
+        im: a PIL image of 8 bits
+        channels: 1 or 3; None: 3
+
+    Returns:
+        (H,W,channels), uint8
+    """
     from PIL import Image
 
     turn = _turns(im)
@@ -230,7 +277,17 @@ def decode(
     channels: int | None = None,  # 1 grey, 3 colours, more: the first bands; None: 3 if no more
     value_range: tuple | None = None,  # (low, high) of more than 8 bits; None: of 16 all
 ) -> Tensor:  # (channels, H, W), uint8; in memory the channels of a pixel lie side by side
-    "Decode an image, upright. Raises what PIL raises on broken data, `ValueError` for its bands."
+    """Decode an image, upright. Raises what PIL raises on broken data, `ValueError` for its bands.
+
+    Args:
+        data: an encoded image: JPEG, PNG, WebP, ...
+        size: pixels, side or (height, width); None: the image's own
+        channels: 1 grey, 3 colours, more: the first bands; None: 3 if no more
+        value_range: (low, high) of more than 8 bits; None: of 16 all
+
+    Returns:
+        (channels, H, W), uint8; in memory the channels of a pixel lie side by side
+    """
     require_int(channels, 'channels', least=1, optional=True)
     x = None
     turned = b'tiff:Orientation' in data  # noted as XMP, which PIL alone knows

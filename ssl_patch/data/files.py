@@ -25,7 +25,12 @@ from ..ground.text import plain
 
 # %% ../../nbs/data/04_files.ipynb #290470d5
 class ByteFiles:
-    "Encoded images in files: `read(i)` gives the bytes, `name(i)` the path inside the folder."
+    """Encoded images in files: `read(i)` gives the bytes, `name(i)` the path inside the folder.
+
+    Args:
+        folder: path
+        paths: of the files, relative to the folder
+    """
 
     def __init__(
         self,
@@ -78,7 +83,15 @@ def array_header(
     z: zipfile.ZipFile,  # an npz
     key: str,  # name of the array
 ) -> tuple:  # shape, dtype, bytes before the pixels
-    "What an npz says of an array, before that is read. `ValueError` if its size is not so."
+    """What an npz says of an array, before that is read. `ValueError` if its size is not so.
+
+    Args:
+        z: an npz
+        key: name of the array
+
+    Returns:
+        shape, dtype, bytes before the pixels
+    """
     fmt, info = np.lib.format, z.getinfo(f'{key}.npy')
     with z.open(info) as f:
         old = fmt.read_magic(f) == (1, 0)
@@ -96,7 +109,12 @@ def map_array(
     path,  # of an npz
     key: str,  # name of the array
 ) -> np.ndarray:
-    "One array of an npz, mapped from disk where it is stored uncompressed, else read."
+    """One array of an npz, mapped from disk where it is stored uncompressed, else read.
+
+    Args:
+        path: of an npz
+        key: name of the array
+    """
     with zipfile.ZipFile(path) as z:
         info = z.getinfo(f'{key}.npy')
         shape, dtype, start = array_header(z, key)
@@ -111,7 +129,12 @@ def map_array(
 
 # %% ../../nbs/data/04_files.ipynb #7608ac9a
 class BytePack:
-    "Encoded images in one packed npz, mapped from disk; opened anew in every worker."
+    """Encoded images in one packed npz, mapped from disk; opened anew in every worker.
+
+    Args:
+        path: of a packed .npz
+        rows: numbers of the images that count; None: all
+    """
 
     def __init__(
         self,
@@ -157,7 +180,18 @@ class BytePack:
 
 # %% ../../nbs/data/04_files.ipynb #ded72a69
 class FileImages(Images):
-    "A store that decodes as it goes, from files or a packed file; safe in DataLoader workers."
+    """A store that decodes as it goes, from files or a packed file; safe in DataLoader workers.
+
+    Args:
+        encoded: ByteFiles or BytePack
+        labels: (N,) whole numbers, -1 for none; or None
+        classes: names of the classes
+        name: shown in reprs and messages
+        skipped: images that could not be read: (name, reason)
+        size: images are resized and cut to it; None: their own sizes
+        channels: as `decode` takes it
+        value_range: as `decode` takes it
+    """
 
     def __init__(
         self,
@@ -239,7 +273,18 @@ class FileImages(Images):
         workers: int = 0,  # processes that decode
         resize: int | None = None,  # short side before the cut; None: that of `size`
     ) -> Iterator:  # of (x uint8 (b,3,height,width), labels (b,) or None)
-        "Batches in order, resized and cut at the centre, not augmented."
+        """Batches in order, resized and cut at the centre, not augmented.
+
+        Args:
+            size: pixels: a side, or (height, width)
+            batch_size: images in a batch; the last one may have fewer
+            device: of the batches; None: the CPU
+            workers: processes that decode
+            resize: short side before the cut; None: that of `size`
+
+        Returns:
+            of (x uint8 (b,3,height,width), labels (b,) or None)
+        """
         squares = _Squares(self, size, resize)
         how = dict(num_workers=workers, worker_init_fn=stay)
         loader = torch.utils.data.DataLoader(squares, batch_size, **how)
@@ -265,7 +310,11 @@ class _Squares(torch.utils.data.Dataset):
 def short_reason(
     e: Exception,  # what came of reading a file
 ) -> str:
-    "One short line for an exception."
+    """One short line for an exception.
+
+    Args:
+        e: what came of reading a file
+    """
     if type(e).__name__ == 'UnidentifiedImageError':
         return 'not an image'
     return (str(e).split('\n')[0] or type(e).__name__)[:100]
@@ -275,6 +324,11 @@ def listed(
     words: list,  # names
     n: int | None = None,  # how many there are; None: these
 ) -> str:
-    "At most three names, as a list that shows whether there are more."
+    """At most three names, as a list that shows whether there are more.
+
+    Args:
+        words: names
+        n: how many there are; None: these
+    """
     more = ', ...' if (n or len(words)) > 3 else ''
     return ', '.join(map(plain, words[:3])) + more

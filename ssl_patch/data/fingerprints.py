@@ -20,7 +20,13 @@ def in_threads(
     n: int,  # it is called with 0 to n-1
     chunk: int = 256,  # numbers that a thread takes at a time
 ) -> list:
-    "[f(0), ..., f(n-1)] by a pool of threads; an exception stands where f raised one."
+    """[f(0), ..., f(n-1)] by a pool of threads; an exception stands where f raised one.
+
+    Args:
+        f: of a number
+        n: it is called with 0 to n-1
+        chunk: numbers that a thread takes at a time
+    """
 
     def some(start):
         out = []
@@ -55,14 +61,28 @@ def _all(f, n):
 def hash_files(
     encoded,  # `ByteFiles` or `BytePack`
 ) -> Tensor:  # (n,) int64, never 0
-    "A number for every encoded image, of its length and its ends. Raises what reading raises."
+    """A number for every encoded image, of its length and its ends. Raises what reading raises.
+
+    Args:
+        encoded: `ByteFiles` or `BytePack`
+
+    Returns:
+        (n,) int64, never 0
+    """
     return _all(lambda i: _hash64(*encoded.ends(i)), len(encoded))
 
 
 def hash_pixels(
     images: Tensor,  # (n,3,H,W)
 ) -> Tensor:  # (n,) int64, never 0
-    "A number for every image, of all its pixels."
+    """A number for every image, of all its pixels.
+
+    Args:
+        images: (n,3,H,W)
+
+    Returns:
+        (n,) int64, never 0
+    """
     x = images.cpu().numpy()
     return _all(lambda i: _hash64(x[i].tobytes()), len(x))
 
@@ -71,7 +91,15 @@ def is_in(
     asked: Tensor,  # (n,2) fingerprints
     learned: Tensor,  # (m,2) fingerprints
 ) -> Tensor:  # (n,) bool
-    "Which images are among others: the same file, or the same pixels."
+    """Which images are among others: the same file, or the same pixels.
+
+    Args:
+        asked: (n,2) fingerprints
+        learned: (m,2) fingerprints
+
+    Returns:
+        (n,) bool
+    """
     same = torch.stack([torch.isin(a, b) for a, b in zip(asked.T, learned.T)], 1)
     return ((asked != 0) & same).any(1)
 
@@ -80,7 +108,15 @@ def copies(
     train,  # store, what was learned from
     test,  # store, what is measured on
 ) -> Tensor:  # (n,) numbers of test images
-    "The test images that are in train too, as exact copies."
+    """The test images that are in train too, as exact copies.
+
+    Args:
+        train: store, what was learned from
+        test: store, what is measured on
+
+    Returns:
+        (n,) numbers of test images
+    """
     return is_in(test.fingerprints(), train.fingerprints()).nonzero().flatten()
 
 # %% ../../nbs/data/06_fingerprints.ipynb #ab52b757
@@ -88,5 +124,10 @@ def can_fingerprint(
     store,  # any store
     most: int = 200_000,  # files that are read
 ) -> bool:
-    "Whether fingerprints are quickly made: in memory, or not too many files."
+    """Whether fingerprints are quickly made: in memory, or not too many files.
+
+    Args:
+        store: any store
+        most: files that are read
+    """
     return hasattr(store, 'images') or len(store) <= most

@@ -17,7 +17,14 @@ import numpy as np
 # %% ../../nbs/data/02_headers.ipynb #845090e0
 @dataclass(frozen=True)
 class Header:
-    "What a file says of its image."
+    """What a file says of its image.
+
+    Args:
+        height: pixels, as stored
+        bands: of colour: 1 of a grey image, more than 3 from satellites and microscopes
+        depth: how more than 8 bits are stored, such as 'I;16' or 'F'; '' for 8 bits
+        pages: images in the file
+    """
 
     height: int  # pixels, as stored
     width: int
@@ -40,7 +47,11 @@ def _formats(n):
 def open_image(
     data: bytes,  # a file, or enough of its beginning
 ):  # PIL image
-    "The image in a file, by PIL, before its pixels are read. Raises what PIL raises."
+    """The image in a file, by PIL, before its pixels are read. Raises what PIL raises.
+
+    Args:
+        data: a file, or enough of its beginning
+    """
     from PIL import Image
 
     Image.init()
@@ -53,7 +64,11 @@ def check_pixels(
     height: int,  # of an image
     width: int,
 ):
-    "PIL's bound, for files that PIL does not read: it raises beyond twice `MAX_IMAGE_PIXELS`."
+    """PIL's bound, for files that PIL does not read: it raises beyond twice `MAX_IMAGE_PIXELS`.
+
+    Args:
+        height: of an image
+    """
     from PIL import Image
 
     most = Image.MAX_IMAGE_PIXELS
@@ -103,7 +118,11 @@ def _tiff_bands(fields):
 def read_header(
     data: bytes,  # a file, or enough of its beginning
 ) -> Header:
-    "What a file says of its image. Raises what PIL raises on what is none."
+    """What a file says of its image. Raises what PIL raises on what is none.
+
+    Args:
+        data: a file, or enough of its beginning
+    """
     pages = None
     if data[:4] in TIFF:
         try:
@@ -159,7 +178,11 @@ def _png_header(data):
 def quick_header(
     data: bytes,  # a whole file
 ) -> Header:
-    "`read_header`, by hand where the file is a JPEG or PNG. Raises for too many pixels."
+    """`read_header`, by hand where the file is a JPEG or PNG. Raises for too many pixels.
+
+    Args:
+        data: a whole file
+    """
     found = None
     if data[:2] == b'\xff\xd8':
         found = _jpeg_header(data)

@@ -25,7 +25,16 @@ def resize_center_crop(
     resize: int | None = None,  # short side of what `size` is cut of, at least its own; None: that
 ) -> Tensor:  # (..., C, height, width)
     """Resize (antialiased) until the cut is covered, cut the centre; an image of that size stays as
-    it is."""
+    it is.
+
+    Args:
+        x: (..., C, H, W), uint8
+        size: pixels: a side, or (height, width)
+        resize: short side of what `size` is cut of, at least its own; None: that
+
+    Returns:
+        (..., C, height, width)
+    """
     cut = height_width(size)
     require_int(resize, 'resize', least=min(cut), optional=True)
     if resize is None and x.shape[-2:] == cut:
@@ -49,7 +58,16 @@ def balanced_order(
     n: int,  # images
     seed: int = 0,  # of the order
 ) -> Tensor:  # (n,) numbers of images
-    "A random order of n images in which classes take turns."
+    """A random order of n images in which classes take turns.
+
+    Args:
+        labels: (n,) whole numbers; None: any order will do
+        n: images
+        seed: of the order
+
+    Returns:
+        (n,) numbers of images
+    """
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     if labels is None:
         return order
@@ -61,7 +79,15 @@ def balanced_order(
 
 # %% ../../nbs/data/01_images.ipynb #383c9da9
 class Images:
-    "One split: images by number, `s[i]` uint8 (channels,H,W), and perhaps labels."
+    """One split: images by number, `s[i]` uint8 (channels,H,W), and perhaps labels.
+
+    Args:
+        labels: (N,) whole numbers, -1 for none; or None
+        classes: names of the classes
+        name: shown in reprs and messages
+        skipped: images that could not be read: (name, reason)
+        encoded: the files that the images are from: ByteFiles, BytePack or None
+    """
 
     bands, value_range = None, None  # that were asked for, or found, when files were decoded
 
@@ -126,7 +152,11 @@ class Images:
         return self.subset(balanced_order(self.labels, len(self), seed)[:n].sort().values)
 
     def fingerprints(self) -> Tensor:  # (N,2) int64: of the file, of the pixels; 0 without
-        "Two numbers for every image, equal for exact copies. Raises what reading a file raises."
+        """Two numbers for every image, equal for exact copies. Raises what reading a file raises.
+
+        Returns:
+            (N,2) int64: of the file, of the pixels; 0 without
+        """
         pixels, n = getattr(self, 'images', None), len(self)
         files, seen, of_pixels = self._prints or (None, None, None)
         if files is None:
@@ -142,7 +172,12 @@ class Images:
         return torch.stack([files, of_pixels], 1)
 
     def content(self) -> str:  # 16 hexadecimal digits
-        "A hash of all images as they are given out: of pixels in memory, else of files and `size`."
+        """A hash of all images as they are given out: of pixels in memory, else of files and
+        `size`.
+
+        Returns:
+            16 hexadecimal digits
+        """
         if can_fingerprint(self):
             column = 1 if hasattr(self, 'images') else 0
             parts = [self.fingerprints()[:, column].contiguous().numpy().tobytes()]
@@ -174,7 +209,17 @@ class Images:
 
 # %% ../../nbs/data/01_images.ipynb #b7a6b190
 class TensorImages(Images):
-    "A store in memory: `images` is one uint8 tensor (N,C,H,W), on any device."
+    """A store in memory: `images` is one uint8 tensor (N,C,H,W), on any device.
+
+    Args:
+        images: (N,C,H,W), uint8
+        labels: (N,) whole numbers, -1 for none; or None
+        classes: names of the classes
+        name: shown in reprs and messages
+        skipped: images that could not be read: (name, reason)
+        encoded: the files that the images are from: ByteFiles, BytePack or None
+        value_range: (low, high) of files with more than 8 bits
+    """
 
     def __init__(
         self,
@@ -229,7 +274,18 @@ class TensorImages(Images):
         workers: int = 0,  # not needed in memory; taken as `FileImages` takes it
         resize: int | None = None,  # short side before the cut; None: that of `size`
     ) -> Iterator:  # of (x uint8 (b,C,height,width), labels (b,) or None)
-        "Batches in order, resized and cut at the centre, not augmented."
+        """Batches in order, resized and cut at the centre, not augmented.
+
+        Args:
+            size: pixels: a side, or (height, width)
+            batch_size: images in a batch; the last one may have fewer
+            device: of the batches; None: where the images are
+            workers: not needed in memory; taken as `FileImages` takes it
+            resize: short side before the cut; None: that of `size`
+
+        Returns:
+            of (x uint8 (b,C,height,width), labels (b,) or None)
+        """
         for i in range(0, len(self), batch_size):
             x = self.images[i : i + batch_size]
             y = None if self.labels is None else self.labels[i : i + batch_size]
@@ -245,7 +301,16 @@ def show_images(
     titles: list | None = None,  # (N,) words; go before labels
     scale: float = 1.0,  # 1 draws an image 1.1 inch wide
 ):  # -> matplotlib Figure
-    "A grid of images. A store shows images evenly spread over it, under the names of its classes."
+    """A grid of images. A store shows images evenly spread over it, under the names of its classes.
+
+    Args:
+        images: (N,C,H,W) tensor, list of (C,H,W), or a store; uint8, or float in [0,1]
+        labels: (N,) numbers or words, drawn as titles
+        rows: default: as many as the images fill
+        cols: most images side by side
+        titles: (N,) words; go before labels
+        scale: 1 draws an image 1.1 inch wide
+    """
     import matplotlib.pyplot as plt
 
     if isinstance(images, Images):
@@ -283,7 +348,15 @@ def pixel_stats(
     store: Images,  # any store
     sample: int = 2000,  # images read from a store that is not in memory
 ) -> tuple:  # mean (C,), std (C,): float32, of pixels in [0, 1]
-    "Mean and standard deviation of every channel: exact in memory, of a seeded sample else."
+    """Mean and standard deviation of every channel: exact in memory, of a seeded sample else.
+
+    Args:
+        store: any store
+        sample: images read from a store that is not in memory
+
+    Returns:
+        mean (C,), std (C,): float32, of pixels in [0, 1]
+    """
     if isinstance(store, TensorImages):
         chunks, n = store.images.split(1024), len(store)
     else:
@@ -306,12 +379,28 @@ def unit_std(
     mean: Tensor,  # (C,)
     std: Tensor,  # (C,)
 ) -> Tensor:  # (C,), nowhere 0
-    "`std`, but 1 where a channel is constant, so that normalising makes it 0."
+    """`std`, but 1 where a channel is constant, so that normalising makes it 0.
+
+    Args:
+        mean: (C,)
+        std: (C,)
+
+    Returns:
+        (C,), nowhere 0
+    """
     return torch.where(std > 1e-6 * mean.abs(), std, torch.ones_like(std))
 
 # %% ../../nbs/data/01_images.ipynb #6cb4a7fc
 class ImageData:
-    "A train store, a test store or None, and what their labels mean."
+    """A train store, a test store or None, and what their labels mean.
+
+    Args:
+        train: what is learned from
+        test: what is measured on
+        name: shown in reprs, messages and records
+        note: what the labels mean, in one sentence
+        stats: (mean, std), each (C,), if they are known already
+    """
 
     def __init__(
         self,

@@ -140,7 +140,20 @@ def open_store(
     channels: int | None = None,  # 1 grey, 3 colours, more: the first bands; None: 3 if no more
     value_range: tuple | None = None,  # (low, high) of more than 8 bits; None: found
 ) -> Images:
-    "A store of encoded images, in memory or streaming; broken ones are left out and named."
+    """A store of encoded images, in memory or streaming; broken ones are left out and named.
+
+    Args:
+        encoded: ByteFiles or BytePack
+        labels: (n,) whole numbers, -1 for none; or None
+        classes: names of the classes
+        name: shown in reprs and messages
+        size: pixels: resize and cut; None keeps sizes
+        stream: decode as needed, or hold in memory; None: by `limit`
+        limit: bytes of pixels up to which they are held in memory
+        check: of a stream: look at the head of every file now
+        channels: 1 grey, 3 colours, more: the first bands; None: 3 if no more
+        value_range: (low, high) of more than 8 bits; None: found
+    """
     n = len(encoded)
     heads = _headers(encoded, [k * n // min(n, 64) for k in range(min(n, 64))])
     how = dict(channels=channels, value_range=value_range)

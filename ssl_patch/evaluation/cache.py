@@ -47,7 +47,14 @@ def _as_bytes(value):
 def hash_tensors(
     *things,  # modules, tensors, plain values
 ) -> str:  # 40 hexadecimal digits
-    "A hash of modules (structure, settings, weights), tensors and plain values."
+    """A hash of modules (structure, settings, weights), tensors and plain values.
+
+    Args:
+        *things: modules, tensors, plain values
+
+    Returns:
+        40 hexadecimal digits
+    """
     h = hashlib.sha1()
     for thing in things:
         values = [thing]
@@ -70,7 +77,17 @@ def probe_noise(
     layer: str = 'image',  # 'image' or 'patch_mean'
     amp: bool = False,  # bfloat16 autocast
 ) -> Tensor:  # (4,D)
-    "What an encoder says of four fixed pictures of noise."
+    """What an encoder says of four fixed pictures of noise.
+
+    Args:
+        encoder: to be asked
+        size: of the pictures, pixels
+        layer: 'image' or 'patch_mean'
+        amp: bfloat16 autocast
+
+    Returns:
+        (4,D)
+    """
     require_choice(layer, 'layer', LAYERS)
     place = size_and_device(encoder, size, None)[1]
     shape = 4, getattr(encoder, 'channels', 3), *height_width(size)
@@ -109,7 +126,20 @@ def load_or_extract(
     how: dict,  # arguments of `extract`
     limit: int = 2**29,  # bytes of features that are still kept in memory
 ) -> Tensor:  # (N,D)
-    "`extract`, or what it gave before; the features of the last three encoders stay in memory."
+    """`extract`, or what it gave before; the features of the last three encoders stay in memory.
+
+    Args:
+        data: `ImageData`, beside which features are kept
+        encoder: on the device to compute on
+        store: one split of `data`
+        key: of encoder, images and settings
+        cache: a folder, or None
+        how: arguments of `extract`
+        limit: bytes of features that are still kept in memory
+
+    Returns:
+        (N,D)
+    """
     kept = vars(data).setdefault('_features', {})
     file = cache and Path(cache).expanduser() / f'features_{key}.npz'
     x, version = kept.pop(key, (None, 0))
@@ -136,7 +166,19 @@ def cached_features(
     hashed: str | None = None,  # `hash_tensors(encoder)`, if known
     **how,  # arguments of `extract`
 ) -> list[Tensor]:  # (N,D) of each
-    "`extract` of several splits, each from memory or from a folder where it is there."
+    """`extract` of several splits, each from memory or from a folder where it is there.
+
+    Args:
+        data: `ImageData`, beside which features are kept
+        encoder: measured where it is, or as a copy on `device`
+        stores: splits of `data`
+        cache: a folder, or None
+        hashed: `hash_tensors(encoder)`, if known
+        **how: arguments of `extract`
+
+    Returns:
+        (N,D) of each
+    """
     size, here, place = size_and_device(encoder, how.get('size'), how.get('device'))
     if resize := eval_resize(encoder, size, how.get('resize')):
         how = dict(how, resize=resize)

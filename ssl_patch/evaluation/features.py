@@ -35,7 +35,11 @@ from ..models.interface import Encoder, precision_of
 def frozen(
     encoder: nn.Module,  # a module, or a tree of modules in mixed modes
 ):
-    "Eval mode without gradients inside the block; afterwards every submodule has its mode again."
+    """Eval mode without gradients inside the block; afterwards every submodule has its mode again.
+
+    Args:
+        encoder: a module, or a tree of modules in mixed modes
+    """
     modes = [(m, m.training) for m in encoder.modules()]
     encoder.eval()
     try:
@@ -53,7 +57,15 @@ def select_layer(
     out,  # what an encoder returned: Features (`.image` (B,D), `.patches` (B,M,D)), or (B,D)
     layer: str = 'image',  # 'image' or 'patch_mean'
 ) -> Tensor:  # (B,D)
-    "The features called `layer`. ValueError if the encoder does not give them."
+    """The features called `layer`. ValueError if the encoder does not give them.
+
+    Args:
+        out: what an encoder returned: Features (`.image` (B,D), `.patches` (B,M,D)), or (B,D)
+        layer: 'image' or 'patch_mean'
+
+    Returns:
+        (B,D)
+    """
     require_choice(layer, 'layer', LAYERS)
     if not isinstance(out, Tensor):
         return out.image if layer == 'image' else out.patches.mean(1)
@@ -69,7 +81,16 @@ def size_and_device(
     size: int | tuple | None,  # of the input, pixels: side or (height, width); None: `encoder.size`
     device,  # where to compute; None: where the encoder is
 ) -> tuple:  # size, device of the encoder, device to compute on
-    "Input size and devices of an encoder, or a ValueError that says what is missing."
+    """Input size and devices of an encoder, or a ValueError that says what is missing.
+
+    Args:
+        encoder: any module
+        size: of the input, pixels: side or (height, width); None: `encoder.size`
+        device: where to compute; None: where the encoder is
+
+    Returns:
+        size, device of the encoder, device to compute on
+    """
     require(isinstance(encoder, nn.Module), 'encoder', 'a torch nn.Module', encoder)
     size = getattr(encoder, 'size', None) if size is None else size
     require(
@@ -89,7 +110,16 @@ def eval_resize(
     size: int | tuple,  # of the cut, pixels
     resize: int | None = None,  # what was asked for
 ) -> int | None:  # None: as `size`
-    "Short side before the cut: as asked for, else the encoder's own, in proportion to `size`."
+    """Short side before the cut: as asked for, else the encoder's own, in proportion to `size`.
+
+    Args:
+        encoder: any module; `resize` is the side before the cut that belongs to it
+        size: of the cut, pixels
+        resize: what was asked for
+
+    Returns:
+        None: as `size`
+    """
     own = getattr(encoder, 'resize', None)
     if resize or not isinstance(own, int):
         return resize
@@ -101,7 +131,12 @@ def require_channels(
     encoder: nn.Module,  # any module; one of ours knows its `channels`
     images,  # a store of images, or a tensor (N,C,H,W)
 ):
-    "`ValueError` that says what mends it, unless images have the bands that an encoder takes."
+    """`ValueError` that says what mends it, unless images have the bands that an encoder takes.
+
+    Args:
+        encoder: any module; one of ours knows its `channels`
+        images: a store of images, or a tensor (N,C,H,W)
+    """
     takes, bands = getattr(encoder, 'channels', None), getattr(images, 'channels', None)
     bands = images.shape[1] if isinstance(images, Tensor) else bands
     if takes and bands and takes != bands:
@@ -115,7 +150,12 @@ def accepted_size(
     encoder: nn.Module,  # any module; one of ours knows its `sizes`
     size: int | tuple,  # of the images, pixels
 ):
-    "An encoder that takes images of this size inside the block. ValueError where none can."
+    """An encoder that takes images of this size inside the block. ValueError where none can.
+
+    Args:
+        encoder: any module; one of ours knows its `sizes`
+        size: of the images, pixels
+    """
     before = set(getattr(encoder, 'sizes', ()))
     if not before:
         yield encoder
@@ -137,7 +177,15 @@ def as_floats(
     encoder: nn.Module,  # any module
     x: Tensor,  # (B,3,H,W) uint8, or floats in [0,1]
 ) -> Tensor:  # floats in [0,1]
-    "Images for an encoder. One of ours sees to its precision itself; other modules get theirs."
+    """Images for an encoder. One of ours sees to its precision itself; other modules get theirs.
+
+    Args:
+        encoder: any module
+        x: (B,3,H,W) uint8, or floats in [0,1]
+
+    Returns:
+        floats in [0,1]
+    """
     x = x.float() / 255 if x.dtype == torch.uint8 else x
     return x if isinstance(encoder, Encoder) else x.to(precision_of(encoder))
 
@@ -146,7 +194,15 @@ def batches_of(
     x: Tensor,  # (B,3,H,W)
     device,  # where the encoder is
 ) -> tuple:  # of tensors (b,3,H,W)
-    "A batch, whole; on a CPU in pieces that fit its caches: 128 images of 32 pixels, or fewer."
+    """A batch, whole; on a CPU in pieces that fit its caches: 128 images of 32 pixels, or fewer.
+
+    Args:
+        x: (B,3,H,W)
+        device: where the encoder is
+
+    Returns:
+        of tensors (b,3,H,W)
+    """
     on_cpu = torch.device(device).type == 'cpu'
     return x.split(max(8, 2**17 // (x.shape[-1] * x.shape[-2]))) if on_cpu else (x,)
 
@@ -162,7 +218,13 @@ def autocast_for(
     device,  # where it computes
     amp: bool,  # whether bfloat16 autocast is asked for
 ):  # a context
-    "Autocast to bfloat16 where it is asked for; a network in half precision runs as it is."
+    """Autocast to bfloat16 where it is asked for; a network in half precision runs as it is.
+
+    Args:
+        encoder: any module
+        device: where it computes
+        amp: whether bfloat16 autocast is asked for
+    """
     whole = precision_of(encoder) not in (torch.bfloat16, torch.float16)
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp and whole)
 
@@ -179,7 +241,23 @@ def extract(
     resize: int | None = None,
     amp: bool = False,  # bfloat16 autocast
 ) -> tuple[Tensor, Tensor | None]:  # float32 (N,D), and labels (N,) or None; both on the CPU
-    "Features of all images in order. ValueError for bad arguments, and where one is not finite."
+    """Features of all images in order. ValueError for bad arguments, and where one is not finite.
+
+    Args:
+        encoder: ours, or any module from (B,3,size,size) floats in [0,1] to (B,D)
+        images: one split (`Images`), e.g. `data.train`
+        batch_size: images at a time
+        layer: 'image' or 'patch_mean'
+        device: where to compute; None: where the encoder is. Elsewhere, a copy is used
+        workers: processes that decode images
+        size: of the input, pixels; None: `encoder.size`
+        resize: short side before the cut, e.g. 256 for 224; None: that of the encoder, else as
+            `size`
+        amp: bfloat16 autocast
+
+    Returns:
+        float32 (N,D), and labels (N,) or None; both on the CPU
+    """
     require_int(batch_size, 'batch_size', 1)
     require_choice(layer, 'layer', LAYERS)
     size, here, device = size_and_device(encoder, size, device)
@@ -219,7 +297,21 @@ def remeasure_stats(
     seed: int = 0,  # of the order of the images
 ) -> nn.Module:  # a copy, in eval mode
     """Measure the batch-norm statistics of an encoder anew: their average over batches in random
-    order. ValueError without batch-norm, and for fewer images than make a batch."""
+    order. ValueError without batch-norm, and for fewer images than make a batch.
+
+    Args:
+        encoder: with batch-norm; stays as it is
+        data: `ImageData`, whose train split is looked at, or a split (`Images`)
+        batch_size: images of which a mean and a variance are taken
+        size: of the input, pixels; None: `encoder.size`
+        device: where to compute; None: where the encoder is
+        workers: processes that decode images
+        resize: short side before the cut; None: as in `extract`
+        seed: of the order of the images
+
+    Returns:
+        a copy, in eval mode
+    """
     require_int(batch_size, 'batch_size', 2)
     size, here, device = size_and_device(encoder, size, device)
     store, new = getattr(data, 'train', data), copy.deepcopy(encoder).to(device).eval()
@@ -251,7 +343,13 @@ def remeasure_stats(
 
 # %% ../../nbs/evaluation/01_features.ipynb #67193a48
 class RawPixels(nn.Module):
-    "The baseline encoder: normalised pixels as a vector, sides average-pooled to 32 if larger."
+    """The baseline encoder: normalised pixels as a vector, sides average-pooled to 32 if larger.
+
+    Args:
+        size: of the input, pixels: a side, or (height, width)
+        mean: (C,) subtracted; None: 0 of three channels
+        std: (C,) divided by, unless a channel is constant; None: 1
+    """
 
     def __init__(
         self,
@@ -273,6 +371,13 @@ class RawPixels(nn.Module):
         self,
         x: Tensor,  # (B,C,H,W) in [0,1]
     ) -> Tensor:  # (B, C*rows*columns)
+        """
+        Args:
+            x: (B,C,H,W) in [0,1]
+
+        Returns:
+            (B, C*rows*columns)
+        """
         larger = any(n > most for n, most in zip(x.shape[2:], self.sides))
         x = F.adaptive_avg_pool2d(x, self.sides) if larger else x
         return ((x - self.mean[:, None, None]) / self.std[:, None, None]).flatten(1)
@@ -281,7 +386,11 @@ class RawPixels(nn.Module):
 def architecture(
     encoder: nn.Module,  # any module
 ) -> str:
-    "What was built, in a few words: from `encoder.spec` if it has one, else the class name."
+    """What was built, in a few words: from `encoder.spec` if it has one, else the class name.
+
+    Args:
+        encoder: any module
+    """
     spec = getattr(encoder, 'spec', None)
     if not spec:
         return type(encoder).__name__
@@ -300,7 +409,14 @@ def check_record_args(
     baselines,  # whether to measure them
     out,  # run folder
 ):
-    "ValueError for an argument of a wrong kind, of those that all protocols have."
+    """ValueError for an argument of a wrong kind, of those that all protocols have.
+
+    Args:
+        name: which encoder this is
+        seed: of the random encoder, and for the record
+        baselines: whether to measure them
+        out: run folder
+    """
     right = name is None or isinstance(name, str)
     require(right, 'name', 'words for the row of the encoder in tables, or None', name)
     require_int(seed, 'seed')
@@ -313,7 +429,13 @@ def check_extract_args(
     how: dict,  # arguments that are not its own
     encoder: nn.Module,  # that is measured
 ):
-    "ValueError for an argument that neither the protocol nor `extract` has, or of a wrong kind."
+    """ValueError for an argument that neither the protocol nor `extract` has, or of a wrong kind.
+
+    Args:
+        protocol: its name, for the message
+        how: arguments that are not its own
+        encoder: that is measured
+    """
     known = 'batch_size device workers size resize amp cache overlap out'.split()
     require_known(how, f'{protocol}, beside arguments of its own,', known)
     for name, least in (('batch_size', 1), ('workers', 0), ('resize', 1)):

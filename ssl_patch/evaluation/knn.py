@@ -41,7 +41,19 @@ def topk_similar(
     bank_chunk: int = 16384,  # bank entries at a time
     device=None,  # where to compute; None: where the queries are
 ) -> tuple[Tensor, Tensor]:  # cosine similarities (Q,k), largest first, and bank indices (Q,k)
-    "The `k` most similar bank entries of every query, exact, in memory of chunk x bank_chunk."
+    """The `k` most similar bank entries of every query, exact, in memory of chunk x bank_chunk.
+
+    Args:
+        queries: (Q,D) features, any length
+        bank: (N,D) features, any length
+        k: neighbours
+        chunk: queries at a time
+        bank_chunk: bank entries at a time
+        device: where to compute; None: where the queries are
+
+    Returns:
+        cosine similarities (Q,k), largest first, and bank indices (Q,k)
+    """
     for name, n in (('k', k), ('chunk', chunk), ('bank_chunk', bank_chunk)):
         require_int(n, name, 1)
     require_shape(bank, 'bank', ('N', 'D'))
@@ -70,7 +82,17 @@ def vote(
     n_classes: int,  # C
     T: float = 0.07,  # temperature: small trusts the nearest, large counts heads
 ) -> Tensor:  # (Q,C) scores, each row sums to 1
-    "Share of the votes `exp(s/T)` that every class gets (weighted kNN of InstDisc and DINO)."
+    """Share of the votes `exp(s/T)` that every class gets (weighted kNN of InstDisc and DINO).
+
+    Args:
+        sims: (Q,k) similarities
+        labels: (Q,k) labels of those neighbours, 0 to n_classes-1
+        n_classes: C
+        T: temperature: small trusts the nearest, large counts heads
+
+    Returns:
+        (Q,C) scores, each row sums to 1
+    """
     require_int(n_classes, 'n_classes', 1)
     require_number(T, 'T', above=0)
     w = ((sims - sims.amax(1, keepdim=True)) / T).exp()
@@ -88,7 +110,22 @@ def knn_predict(
     bank_chunk: int = 16384,  # bank entries at a time
     device=None,  # where to compute; None: where the queries are
 ) -> Tensor:  # (Q,) predicted labels
-    "Weighted kNN, exact (InstDisc; DINO). ValueError if k exceeds the bank or labels do not fit."
+    """Weighted kNN, exact (InstDisc; DINO). ValueError if k exceeds the bank or labels do not fit.
+
+    Args:
+        queries: (Q,D) features to classify
+        bank: (N,D) features with known labels
+        bank_labels: (N,) whole numbers from 0
+        k: neighbours that vote
+        T: temperature of the votes
+        n_classes: None: largest label + 1
+        chunk: queries at a time
+        bank_chunk: bank entries at a time
+        device: where to compute; None: where the queries are
+
+    Returns:
+        (Q,) predicted labels
+    """
     require_number(T, 'T', above=0)
     require_shape(bank_labels, 'bank_labels', (len(bank),), meaning=', one for each bank entry')
     lowest, highest = int(bank_labels.min()), int(bank_labels.max())
@@ -111,7 +148,21 @@ def knn(
     metric: str = 'top-1',  # or 'mean per class'
     **more,  # overlap, out, batch_size, device, workers, size, resize, amp, cache: as in `evaluate`
 ) -> Record:
-    "Weighted kNN accuracy of a frozen encoder (InstDisc; DINO). ValueError before any work."
+    """Weighted kNN accuracy of a frozen encoder (InstDisc; DINO). ValueError before any work.
+
+    Args:
+        encoder: to be measured; frozen meanwhile, left as it was
+        data: `ImageData` with labels; its train split is the bank, its test split asks
+        k: neighbours that vote
+        T: temperature of the votes
+        layer: 'image' or 'patch_mean'
+        name: which encoder this is; None: its tower, or 'encoder'
+        seed: of the random encoder, and for the record
+        baselines: also raw pixels and random weights
+        metric: or 'mean per class'
+        **more: overlap, out, batch_size, device, workers, size, resize, amp, cache: as in
+            `evaluate`
+    """
     require_int(k, 'k', 1)
     require_number(T, 'T', above=0)
     check_extract_args('knn', more, encoder)

@@ -21,7 +21,15 @@ def accuracy(
     pred: Tensor,  # (N,) predicted labels
     y: Tensor,  # (N,) true labels
 ) -> float:  # share that agrees
-    "Top-1 accuracy."
+    """Top-1 accuracy.
+
+    Args:
+        pred: (N,) predicted labels
+        y: (N,) true labels
+
+    Returns:
+        share that agrees
+    """
     return (pred.cpu() == y.cpu()).float().mean().item()
 
 # %% ../../nbs/evaluation/02_metrics.ipynb #86b83d84
@@ -30,7 +38,16 @@ def per_class(
     y: Tensor,  # (M,) true labels, 0 to C-1
     classes: int,  # C
 ) -> Tensor:  # (C,) float64, NaN for a class without images
-    "Accuracy of every class. Its `nanmean()` is mean per-class accuracy."
+    """Accuracy of every class. Its `nanmean()` is mean per-class accuracy.
+
+    Args:
+        pred: (M,) predicted labels
+        y: (M,) true labels, 0 to C-1
+        classes: C
+
+    Returns:
+        (C,) float64, NaN for a class without images
+    """
     pred, y = pred.cpu(), y.cpu()
     right = y[pred == y].bincount(minlength=classes).double()
     return right / y.bincount(minlength=classes)
@@ -42,7 +59,14 @@ def label_chunks(
     ignore: int | None = None,  # label of pixels that do not count
     pixels: int = 2**22,  # at a time, at least one mask
 ):
-    "Masks as int64, so many pixels at a time, ignored ones -1. ValueError for what is no class."
+    """Masks as int64, so many pixels at a time, ignored ones -1. ValueError for what is no class.
+
+    Args:
+        masks: (N,H,W) whole numbers
+        classes: C
+        ignore: label of pixels that do not count
+        pixels: at a time, at least one mask
+    """
     for m in masks.split(max(1, pixels // masks[0].numel())):
         m = m.cpu().long()
         odd = (m < 0) | (m >= classes)
@@ -59,7 +83,16 @@ def count_labels(
     classes: int,  # C
     ignore: int | None = None,  # label of pixels that do not count
 ) -> Tensor:  # (C,)
-    "Pixels of every class."
+    """Pixels of every class.
+
+    Args:
+        masks: (N,H,W) whole numbers
+        classes: C
+        ignore: label of pixels that do not count
+
+    Returns:
+        (C,)
+    """
     chunks = label_chunks(masks, classes, ignore)
     return sum(torch.bincount(m[m >= 0], minlength=classes) for m in chunks)
 
@@ -70,7 +103,17 @@ def confusion(
     classes: int,  # C
     ignore: int | None = None,  # label in `truth` of pixels that do not count
 ) -> Tensor:  # (C,C) pixels; row: truth, column: prediction
-    "Confusion matrix of all pixels. ValueError if shapes differ or labels are no class."
+    """Confusion matrix of all pixels. ValueError if shapes differ or labels are no class.
+
+    Args:
+        truth: (N,H,W) whole numbers
+        pred: (N,H,W) predicted classes
+        classes: C
+        ignore: label in `truth` of pixels that do not count
+
+    Returns:
+        (C,C) pixels; row: truth, column: prediction
+    """
     require(truth.shape == pred.shape, 'pred', f'{tuple(truth.shape)}, as `truth`', pred)
     total = 0
     for t, p in zip(label_chunks(truth, classes, ignore), label_chunks(pred, classes)):
@@ -82,7 +125,14 @@ def confusion(
 def iou(
     matrix: Tensor,  # (C,C) from `confusion`
 ) -> Tensor:  # (C,) intersection over union; nan for a class in neither truth nor prediction
-    "IoU of every class. Its `nanmean()` is mIoU."
+    """IoU of every class. Its `nanmean()` is mIoU.
+
+    Args:
+        matrix: (C,C) from `confusion`
+
+    Returns:
+        (C,) intersection over union; nan for a class in neither truth nor prediction
+    """
     both = matrix.diag().double()
     return both / (matrix.sum(0) + matrix.sum(1) - both)
 
@@ -90,14 +140,28 @@ def iou(
 def feature_std(
     z: Tensor,  # (N,D) features
 ) -> Tensor:  # (), mean over dimensions
-    "Standard deviation of unit features: 1/sqrt(D) if spread evenly, 0 if collapsed (SimSiam)."
+    """Standard deviation of unit features: 1/sqrt(D) if spread evenly, 0 if collapsed (SimSiam).
+
+    Args:
+        z: (N,D) features
+
+    Returns:
+        (), mean over dimensions
+    """
     return F.normalize(z.float(), dim=1).std(0, correction=0).mean()
 
 
 def effective_rank(
     z: Tensor,  # (N,D) features, as they are
 ) -> Tensor:  # (), from 1 to min(N,D)
-    "exp of the entropy of the normalised singular values (RankMe, Garrido et al. 2023)."
+    """exp of the entropy of the normalised singular values (RankMe, Garrido et al. 2023).
+
+    Args:
+        z: (N,D) features, as they are
+
+    Returns:
+        (), from 1 to min(N,D)
+    """
     z = z.double()
     gram = z.T @ z if len(z) >= z.shape[1] else z @ z.T
     s = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
@@ -109,7 +173,15 @@ def alignment(
     a: Tensor,  # (N,D) features of one view of N images
     b: Tensor,  # (N,D) features of another view, same order
 ) -> Tensor:  # (), 0 (equal) to 4 (opposite)
-    "Mean squared distance between the normalised features of two views (Wang & Isola 2020)."
+    """Mean squared distance between the normalised features of two views (Wang & Isola 2020).
+
+    Args:
+        a: (N,D) features of one view of N images
+        b: (N,D) features of another view, same order
+
+    Returns:
+        (), 0 (equal) to 4 (opposite)
+    """
     return (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(1).mean()
 
 
@@ -117,7 +189,15 @@ def uniformity(
     z: Tensor,  # (N,D) features, N >= 2; takes N*N/2 distances, so a few thousand rows
     t: float = 2.0,  # how local
 ) -> Tensor:  # (), 0 if collapsed, the lower the more even
-    "Log of the mean Gaussian potential of all pairs of normalised features (Wang & Isola 2020)."
+    """Log of the mean Gaussian potential of all pairs of normalised features (Wang & Isola 2020).
+
+    Args:
+        z: (N,D) features, N >= 2; takes N*N/2 distances, so a few thousand rows
+        t: how local
+
+    Returns:
+        (), 0 if collapsed, the lower the more even
+    """
     d = F.pdist(F.normalize(z.float(), dim=1)).square()
     return (-t * d).logsumexp(0) - math.log(len(d))
 
@@ -130,6 +210,12 @@ def patch_similarity(
 
     Both 1: everything is the same. Within 1 and between low: images are told apart, places are not.
     `ValueError` unless there are two images of two patches.
+
+    Args:
+        x: (B,M,D) features of patches, of any length
+
+    Returns:
+        within, between: mean cosine in one image, and of two images
     """
     several = x.ndim == 3 and len(x) >= 2 and x.shape[1] >= 2
     require(several, 'x', '(B,M,D) with B and M at least 2', x)
@@ -149,7 +235,15 @@ def precision_recall(
     scores: Tensor,  # (M,) higher: more likely
     targets: Tensor,  # (M,) 1, 0, or -1 for what does not count
 ) -> tuple[Tensor, Tensor]:  # precision and recall, float64, at each score from the highest down
-    "Precision and recall of a ranking; equal scores make one point."
+    """Precision and recall of a ranking; equal scores make one point.
+
+    Args:
+        scores: (M,) higher: more likely
+        targets: (M,) 1, 0, or -1 for what does not count
+
+    Returns:
+        precision and recall, float64, at each score from the highest down
+    """
     scores, targets = scores[targets >= 0].cpu(), targets[targets >= 0].cpu()
     s, order = scores.sort(descending=True, stable=True)
     last = torch.ones(len(s), dtype=torch.bool)  # of those with this score
@@ -164,7 +258,16 @@ def average_precision(
     targets: Tensor,  # (M,) 1, 0, or -1 for what does not count
     kind: str = 'area',  # 'area', 'interpolated' or '11-point'
 ) -> float:  # in [0,1]; NaN if no target is 1
-    "Average precision of one class. ValueError for shapes or a kind that do not fit."
+    """Average precision of one class. ValueError for shapes or a kind that do not fit.
+
+    Args:
+        scores: (M,) higher: more likely
+        targets: (M,) 1, 0, or -1 for what does not count
+        kind: 'area', 'interpolated' or '11-point'
+
+    Returns:
+        in [0,1]; NaN if no target is 1
+    """
     require_choice(kind, 'kind', AP_KINDS)
     fit = scores.ndim == 1 and scores.shape == targets.shape
     require(fit, 'scores and targets', '(M,) both', (tuple(scores.shape), tuple(targets.shape)))
@@ -183,7 +286,16 @@ def mean_average_precision(
     targets: Tensor,  # (M,C) of 1, 0, -1
     kind: str = 'area',  # 'area', 'interpolated' or '11-point'
 ) -> float:  # in [0,1]
-    "mAP: mean over the classes that have a 1. ValueError if none has, or shapes do not fit."
+    """mAP: mean over the classes that have a 1. ValueError if none has, or shapes do not fit.
+
+    Args:
+        scores: (M,C)
+        targets: (M,C) of 1, 0, -1
+        kind: 'area', 'interpolated' or '11-point'
+
+    Returns:
+        in [0,1]
+    """
     fit = scores.ndim == 2 and scores.shape == targets.shape
     require(fit, 'scores and targets', '(M,C) both', (tuple(scores.shape), tuple(targets.shape)))
     each = [average_precision(s, t, kind) for s, t in zip(scores.T, targets.T)]

@@ -57,7 +57,16 @@ def labelled_splits(
     layer: str,  # 'image' or 'patch_mean'
     k: int | None = None,  # labelled train images that are needed at least
 ) -> list[Images]:  # train, test
-    "The labelled images of both splits; ValueError unless they can be probed."
+    """The labelled images of both splits; ValueError unless they can be probed.
+
+    Args:
+        data: with a test split
+        layer: 'image' or 'patch_mean'
+        k: labelled train images that are needed at least
+
+    Returns:
+        train, test
+    """
     _check_data(data, layer)
     found = []
     for name, split in (('train', data.train), ('test', data.test)):
@@ -95,7 +104,17 @@ def eval_splits(
     targets: tuple | None = None,  # tables (N,C) and (M,C) of 1, 0, -1
     k: int | None = None,  # labelled train images that are needed at least
 ) -> list[Images]:  # train, test
-    "Both splits: their labelled images, or whole where there are targets."
+    """Both splits: their labelled images, or whole where there are targets.
+
+    Args:
+        data: with a test split
+        layer: 'image' or 'patch_mean'
+        targets: tables (N,C) and (M,C) of 1, 0, -1
+        k: labelled train images that are needed at least
+
+    Returns:
+        train, test
+    """
     if targets is None:
         return labelled_splits(data, layer, k)
     return _targeted_splits(data, layer, targets)
@@ -104,7 +123,11 @@ def eval_splits(
 def check_overlap(
     overlap: str,  # 'refuse', 'drop' or 'keep'
 ):
-    "ValueError unless it says what is to be done about test images that were learned from."
+    """ValueError unless it says what is to be done about test images that were learned from.
+
+    Args:
+        overlap: 'refuse', 'drop' or 'keep'
+    """
     require_choice(overlap, 'overlap', ('refuse', 'drop', 'keep'))
 
 
@@ -126,7 +149,18 @@ def check_leakage(
     overlap: str,  # 'refuse', 'drop' or 'keep'
     name: str,  # of the data
 ) -> tuple:  # numbers of the train images to use, or None for all; a note; settings
-    "What to do about test images that were learned from. ValueError unless that was asked for."
+    """What to do about test images that were learned from. ValueError unless that was asked for.
+
+    Args:
+        train: what a probe learns from
+        test: what it is measured on
+        encoder: with `trained_on`, where it is known
+        overlap: 'refuse', 'drop' or 'keep'
+        name: of the data
+
+    Returns:
+        numbers of the train images to use, or None for all; a note; settings
+    """
     check_overlap(overlap)
     if not (can_fingerprint(train) and can_fingerprint(test)):
         return None, 'not checked for copies: too many files', {}
@@ -154,7 +188,12 @@ def note_unseen_classes(
     y: Tensor,  # (N,) train labels
     v: Tensor,  # (M,) test labels
 ) -> str:
-    "A note on test labels that the train labels lack, or ''."
+    """A note on test labels that the train labels lack, or ''.
+
+    Args:
+        y: (N,) train labels
+        v: (M,) test labels
+    """
     n = int((~torch.isin(v, y)).sum())
     return f'{n} test images are of classes without a training image' if n else ''
 
@@ -179,7 +218,16 @@ def checked_splits(
     overlap: str,  # 'refuse', 'drop' or 'keep'
     least: int,  # train images that are needed
 ) -> CheckedSplits:
-    "The splits without what must not be learned from. ValueError if they cannot be measured on."
+    """The splits without what must not be learned from. ValueError if they cannot be measured on.
+
+    Args:
+        data: with labels and a test split
+        layer: 'image' or 'patch_mean'
+        targets: tables (N,C) and (M,C) in place of labels
+        encoder: with `trained_on`, where it is known
+        overlap: 'refuse', 'drop' or 'keep'
+        least: train images that are needed
+    """
     train, test = eval_splits(data, layer, targets, least)
     use, leak, settings = check_leakage(train, test, encoder, overlap, data.name)
     y, v = (train.labels.cpu(), test.labels.cpu()) if targets is None else targets
@@ -202,7 +250,15 @@ def top1(
     pred: Tensor,  # (M,) predicted labels
     y: Tensor,  # (M,) true labels
 ) -> Score:  # with what every image got
-    "Top-1 accuracy."
+    """Top-1 accuracy.
+
+    Args:
+        pred: (M,) predicted labels
+        y: (M,) true labels
+
+    Returns:
+        with what every image got
+    """
     right = pred.cpu() == y.cpu()
     return Score(right.float().mean().item(), right)
 
@@ -212,7 +268,14 @@ def chance_level(
     v: Tensor,  # (M,) test labels, or (M,C) targets of 1, 0, -1
     n_classes: int,  # C
 ) -> float:
-    "Share of the most common test class; of targets, the mean share of 1 in classes that have any."
+    """Share of the most common test class; of targets, the mean share of 1 in classes that have
+    any.
+
+    Args:
+        y: (N,) train labels, or (N,C) targets
+        v: (M,) test labels, or (M,C) targets of 1, 0, -1
+        n_classes: C
+    """
     if v.ndim == 1:
         return v.bincount().max().item() / len(v)
     there = (v == 1).any(0)
@@ -231,7 +294,14 @@ def score_labels(
     metric: str,  # of `CLASS_METRICS`
     n_classes: int,  # C
 ) -> Score:
-    "What `metric` says of predicted labels. ValueError for a metric that is none of these."
+    """What `metric` says of predicted labels. ValueError for a metric that is none of these.
+
+    Args:
+        pred: (M,) predicted labels
+        y: (M,) true labels
+        metric: of `CLASS_METRICS`
+        n_classes: C
+    """
     require_choice(metric, 'metric', CLASS_METRICS)
     if metric == 'top-1':
         return top1(pred, y)
@@ -241,7 +311,11 @@ def score_labels(
 def label_chance(
     metric: str,  # of `CLASS_METRICS`
 ):  # function (train_y, test_y, n_classes) -> fraction
-    "What `metric` gives to one constant answer. ValueError for a metric that is none of these."
+    """What `metric` gives to one constant answer. ValueError for a metric that is none of these.
+
+    Args:
+        metric: of `CLASS_METRICS`
+    """
     require_choice(metric, 'metric', CLASS_METRICS)
     return chance_level if metric == 'top-1' else lambda y, v, n_classes: 1 / len(v.unique())
 
@@ -250,7 +324,15 @@ def random_twin(
     encoder: nn.Module,  # that is measured
     seed: int,  # of the random weights
 ) -> nn.Module | None:  # None where none can be made, or the encoder is one itself
-    "The same network with random weights, to stand beside the encoder."
+    """The same network with random weights, to stand beside the encoder.
+
+    Args:
+        encoder: that is measured
+        seed: of the random weights
+
+    Returns:
+        None where none can be made, or the encoder is one itself
+    """
     if not hasattr(encoder, 'reinitialized'):
         return None
     card, own = getattr(encoder, 'card', None), encoder.state_dict()
@@ -273,7 +355,14 @@ def baseline_encoders(
     size: int | tuple,  # of the input, pixels
     seed: int,  # of the random weights
 ):
-    "(name, encoder), one after the other."
+    """(name, encoder), one after the other.
+
+    Args:
+        encoder: that is measured
+        data: raw pixels are normalised as its images are
+        size: of the input, pixels
+        seed: of the random weights
+    """
     device = size_and_device(encoder, size, None)[1]
     yield 'raw pixels', RawPixels(size, data.mean, data.std).to(device)
     if (twin := random_twin(encoder, seed)) is not None:
@@ -341,7 +430,32 @@ def evaluate(
     train_features: bool = True,  # False: `score` gets None in their place
     **extract_args,  # batch_size, device, workers, size, resize, amp: as in `extract`; cache
 ) -> Record:  # with its baselines
-    "Score a protocol on an encoder and on its baselines. ValueError before work for unfit data."
+    """Score a protocol on an encoder and on its baselines. ValueError before work for unfit data.
+
+    Args:
+        score: function (train_x, train_y, test_x, test_y, n_classes) -> `Score`, or a fraction
+        encoder: frozen while measured, left as it was
+        data: with labels and a test split
+        protocol: name for the record
+        settings: what repeats `score`, for the record
+        layer: 'image' or 'patch_mean'
+        name: which encoder this is; None: its tower, or 'encoder'
+        seed: of the random encoder, and for the record
+        baselines: also raw pixels and `encoder.reinitialized(seed)`
+        metric: what `score` returns
+        targets: (train (N,C), test (M,C)) of 1, 0, -1 in place of labels
+        chance: function (train_y, test_y, n_classes) -> fraction; None: `chance_level`
+        overlap: where test images are in train: 'refuse', 'drop' or 'keep'
+        out: run folder to which the record is added
+        with_network: hand `score` two things more: the network, the train images
+        least: train images that the protocol needs
+        check: (train_y, test_y, numbers of the train images) -> more settings, before work
+        train_features: False: `score` gets None in their place
+        **extract_args: batch_size, device, workers, size, resize, amp: as in `extract`; cache
+
+    Returns:
+        with its baselines
+    """
     began = time.monotonic()
     check_record_args(name, seed, baselines, out)
     splits = checked_splits(data, layer, targets, encoder, overlap, least)

@@ -29,7 +29,14 @@ from .features import architecture
 def pack_each(
     each: Tensor | None,  # (M,) bool, or fractions in [0,1]
 ) -> str:  # '' for None
-    "What every test image got, as text: one bit each, or half precision where it is a fraction."
+    """What every test image got, as text: one bit each, or half precision where it is a fraction.
+
+    Args:
+        each: (M,) bool, or fractions in [0,1]
+
+    Returns:
+        '' for None
+    """
     if each is None:
         return ''
     bits = each.dtype == torch.bool
@@ -41,7 +48,15 @@ def unpack_each(
     text: str,  # from `pack_each`
     n: int,  # M
 ) -> Tensor | None:  # (M,) float, or None for ''
-    "What every test image got: 1 or 0 for right or wrong, or a fraction."
+    """What every test image got: 1 or 0 for right or wrong, or a fraction.
+
+    Args:
+        text: from `pack_each`
+        n: M
+
+    Returns:
+        (M,) float, or None for ''
+    """
     kind, _, coded = text.partition(':')
     if not kind:
         return None
@@ -61,7 +76,33 @@ def _in_one_line(settings):
 
 @dataclass(repr=False)
 class Record:
-    "One evaluation. ValueError if `value`, `chance` or a baseline is not a fraction in [0, 1]."
+    """One evaluation. ValueError if `value`, `chance` or a baseline is not a fraction in [0, 1].
+
+    Args:
+        protocol: 'kNN', 'linear', ...
+        value: at the last epoch, never the best; a fraction in [0, 1]
+        encoder: which one: 'online', 'momentum', or a name
+        data: name of the data
+        chance: share of the most common test class
+        metric: what `value` is
+        architecture: of the encoder
+        layer: which of its features
+        settings: k, T, lr, ...: what repeats the evaluation
+        note: what the labels mean
+        n_train: images in the bank, or trained on
+        n_test: images that `value` is a mean over
+        n_classes: classes to choose from
+        seed: of the run, of the random encoder and of the probe
+        baselines: {'raw pixels': v, 'random encoder': v}
+        tower: 'online' or 'momentum', where the encoder knows
+        chosen: e.g. a weight decay, and what else was found
+        each: what every test image got, packed: see `per_image`
+        images: 'train', 'test': a hash of images and labels
+        seconds: it took, baselines included; little where features were kept
+        hardware: on which it ran
+        versions: of this package and of PyTorch
+        command: that made it, if it was one of `ssl_patch`
+    """
 
     protocol: str  # 'kNN', 'linear', ...
     value: float  # at the last epoch, never the best; a fraction in [0, 1]
@@ -92,7 +133,11 @@ class Record:
             require(0 <= v <= 1, name, 'a fraction in [0, 1]', v)
 
     def per_image(self) -> Tensor | None:  # (n_test,) float, or None where it was not kept
-        "What every test image got: 1 or 0 for right or wrong, or a fraction."
+        """What every test image got: 1 or 0 for right or wrong, or a fraction.
+
+        Returns:
+            (n_test,) float, or None where it was not kept
+        """
         return unpack_each(self.each, self.n_test)
 
     def to_dict(self) -> dict:
@@ -103,7 +148,11 @@ class Record:
     def from_dict(
         d: dict,  # as `to_dict` gave it
     ) -> 'Record':
-        "The record again. ValueError on names that a record does not have, or lacks."
+        """The record again. ValueError on names that a record does not have, or lacks.
+
+        Args:
+            d: as `to_dict` gave it
+        """
         odd = set(d) - {f.name for f in fields(Record)}
         lack = {'protocol', 'value', 'encoder', 'data', 'chance'} - set(d)
         if odd:
@@ -116,7 +165,14 @@ class Record:
         self,
         folder,  # a run folder, made if it does not exist
     ) -> Path:  # the file
-        "Append this record as one line of `records.jsonl`."
+        """Append this record as one line of `records.jsonl`.
+
+        Args:
+            folder: a run folder, made if it does not exist
+
+        Returns:
+            the file
+        """
         path = Path(folder).expanduser() / 'records.jsonl'
         path.parent.mkdir(parents=True, exist_ok=True)
         cut = path.is_file() and path.read_bytes()[-1:] not in (b'', b'\n')  # half a line
@@ -131,7 +187,11 @@ class Record:
         self,
         write=markdown,  # or `plain`: how names are written
     ) -> list[str]:
-        "What is shown of it, in Markdown: value and baselines, how it was measured, a note."
+        """What is shown of it, in Markdown: value and baselines, how it was measured, a note.
+
+        Args:
+            write: or `plain`: how names are written
+        """
         beside = {'chance': self.chance, **self.baselines, f'**{self.encoder}**': self.value}
         values = ' · '.join(f'{k} {v:.3f}' for k, v in beside.items())
         tower = f'{self.tower} tower' if self.tower not in self.encoder else ''
@@ -157,7 +217,11 @@ _OLD_ARCHITECTURE = {' style=': ' variant=', ' cells=': ' feature_layer='}
 def translate_record(
     d: dict,  # entries of a record, of any age
 ) -> dict:
-    "The same with the names of today: of towers, settings, and parts of an architecture."
+    """The same with the names of today: of towers, settings, and parts of an architecture.
+
+    Args:
+        d: entries of a record, of any age
+    """
     d = dict(d)
     if d.get('tower') == 'target':
         d['tower'] = 'momentum'
@@ -179,7 +243,11 @@ def _what_was_measured(r):
 def load_records(
     folder,  # a run folder, or a `records.jsonl`
 ) -> list[Record]:
-    "The records saved in a folder; of those measured again, the last. ValueError if none are."
+    """The records saved in a folder; of those measured again, the last. ValueError if none are.
+
+    Args:
+        folder: a run folder, or a `records.jsonl`
+    """
     path = Path(folder).expanduser()
     path = path if path.suffix == '.jsonl' else path / 'records.jsonl'
     require(path.is_file(), 'folder', 'one with a records.jsonl', str(folder))
@@ -197,7 +265,13 @@ def load_records(
 # %% ../../nbs/evaluation/03_records.ipynb #7369b138
 @dataclass
 class Score:
-    "What one protocol found for one encoder."
+    """What one protocol found for one encoder.
+
+    Args:
+        value: a fraction in [0,1]
+        each: (M,) bool or fractions: what every test image got
+        chosen: what was chosen on the way, or found besides
+    """
 
     value: float  # a fraction in [0,1]
     each: Tensor | None = None  # (M,) bool or fractions: what every test image got
@@ -207,7 +281,11 @@ class Score:
 def require_writable(
     folder,  # made if it does not exist
 ) -> Path:
-    "A folder that records can be written to. ValueError before any work if it cannot be one."
+    """A folder that records can be written to. ValueError before any work if it cannot be one.
+
+    Args:
+        folder: made if it does not exist
+    """
     folder = Path(folder).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -224,7 +302,18 @@ def run_context(
     y,  # labels or targets of `train`
     v,  # labels or targets of `test`
 ) -> dict:  # fields of a `Record`
-    "What a record says of encoder, images and circumstances."
+    """What a record says of encoder, images and circumstances.
+
+    Args:
+        encoder: that is measured
+        train: a split
+        test: a split
+        y: labels or targets of `train`
+        v: labels or targets of `test`
+
+    Returns:
+        fields of a `Record`
+    """
     word = Path(sys.argv[0]).name
     hashed = lambda store, labels: hash_tensors(store.content(), labels)[:12]
     return dict(
@@ -247,7 +336,11 @@ def _processor():
 def hardware(
     device,  # 'cpu', 'cuda', ...
 ) -> str:
-    "In words: name of the GPU, or of the processor with its cores and PyTorch's threads."
+    """In words: name of the GPU, or of the processor with its cores and PyTorch's threads.
+
+    Args:
+        device: 'cpu', 'cuda', ...
+    """
     if str(device).startswith('cuda'):
         return torch.cuda.get_device_name(device)
     n = torch.get_num_threads()
@@ -267,7 +360,12 @@ def grid_lines(
     head: list[str],  # a heading for each column
     rows: list[list[str]],  # cells of each row
 ) -> list[str]:
-    "An aligned Markdown table of plain words: first column to the left, the others to the right."
+    """An aligned Markdown table of plain words: first column to the left, the others to the right.
+
+    Args:
+        head: a heading for each column
+        rows: cells of each row
+    """
     head, *rows = ([markdown(cell) for cell in cells] for cells in (head, *rows))
     widths = [max(map(len, column)) for column in zip(head, *rows)]
 
@@ -283,7 +381,14 @@ def grid_lines(
 def split_columns(
     records: list[Record],  # of any protocols and settings
 ) -> tuple:  # function record -> key of its column; {key: short heading}
-    "The columns of a table: the protocol, and what else is needed to tell columns apart."
+    """The columns of a table: the protocol, and what else is needed to tell columns apart.
+
+    Args:
+        records: of any protocols and settings
+
+    Returns:
+        function record -> key of its column; {key: short heading}
+    """
 
     def key(r):
         settings = json.dumps(r.settings, sort_keys=True)
@@ -312,7 +417,13 @@ def footnotes(
     key,  # from `split_columns`
     heads: dict,  # from `split_columns`
 ):
-    "What the numbers of a table are, line by line: data, settings, architectures, seeds, chance."
+    """What the numbers of a table are, line by line: data, settings, architectures, seeds, chance.
+
+    Args:
+        records: of one table
+        key: from `split_columns`
+        heads: from `split_columns`
+    """
     yield from map(markdown, _footnotes(records, key, heads))
 
 
@@ -386,7 +497,15 @@ def table(
     records: list[Record],  # any number, of any encoders, protocols, data and seeds
     percent: bool = False,  # per cent with one digit, as `compare` writes, not fractions
 ) -> Table:  # rows: raw pixels, baselines, random encoder, encoders, chance; columns: protocols
-    "Compare records; mean ± standard deviation where only the seed differs. ValueError for none."
+    """Compare records; mean ± standard deviation where only the seed differs. ValueError for none.
+
+    Args:
+        records: any number, of any encoders, protocols, data and seeds
+        percent: per cent with one digit, as `compare` writes, not fractions
+
+    Returns:
+        rows: raw pixels, baselines, random encoder, encoders, chance; columns: protocols
+    """
     records = list(records)
     require(records, 'records', 'at least one Record', records)
     key, heads = split_columns(records)

@@ -20,7 +20,11 @@ from torch import Tensor
 def shown(
     value,  # anything that was given as an argument
 ) -> str:
-    "A value in a message: of a tensor its shape and type, of anything long its beginning."
+    """A value in a message: of a tensor its shape and type, of anything long its beginning.
+
+    Args:
+        value: anything that was given as an argument
+    """
     if isinstance(value, Tensor | np.ndarray):
         return f'{tuple(value.shape)} {value.dtype}'
     if isinstance(value, type) or callable(value) and hasattr(value, '__name__'):
@@ -35,7 +39,14 @@ def require(
     what: str,  # what it must be, e.g. 'a number above 0'
     got,  # what was given
 ):
-    "`ValueError` in the one wording of the library, unless `ok`."
+    """`ValueError` in the one wording of the library, unless `ok`.
+
+    Args:
+        ok: whether the argument is right
+        name: of the argument
+        what: what it must be, e.g. 'a number above 0'
+        got: what was given
+    """
     if not ok:
         raise ValueError(f'{name} must be {what}, got {shown(got)}')
 
@@ -74,7 +85,16 @@ def require_int(
     optional: bool = False,  # whether None is allowed
     hint: str = '',  # said after what it must be, e.g. ', as a cell has 8 neighbours'
 ):
-    "`ValueError` unless `value` is a whole number from `least` to `most`."
+    """`ValueError` unless `value` is a whole number from `least` to `most`.
+
+    Args:
+        value: what was given
+        name: of the argument
+        least: smallest value that is allowed
+        most: largest value that is allowed
+        optional: whether None is allowed
+        hint: said after what it must be, e.g. ', as a cell has 8 neighbours'
+    """
     bounds = (least, None, most, None)
     _require_real(Integral, 'a whole number', value, name, bounds, optional, hint)
 
@@ -89,7 +109,18 @@ def require_number(
     optional: bool = False,  # whether None is allowed
     hint: str = '',  # said after what it must be
 ):
-    "`ValueError` unless `value` is a finite number within bounds."
+    """`ValueError` unless `value` is a finite number within bounds.
+
+    Args:
+        value: what was given
+        name: of the argument
+        least: smallest value that is allowed
+        above: it must exceed this
+        most: largest value that is allowed
+        below: it must stay under this
+        optional: whether None is allowed
+        hint: said after what it must be
+    """
     _require_real(Real, 'a number', value, name, (least, above, most, below), optional, hint)
 
 
@@ -99,7 +130,14 @@ def require_range(
     least: float,  # smallest minimum that is allowed
     most: float,  # largest maximum that is allowed
 ):
-    "`ValueError` unless `value` is a smallest and a largest number, both from `least` to `most`."
+    """`ValueError` unless `value` is a smallest and a largest number, both from `least` to `most`.
+
+    Args:
+        value: what was given: a pair of numbers
+        name: of the argument
+        least: smallest minimum that is allowed
+        most: largest maximum that is allowed
+    """
     right = isinstance(value, (tuple, list)) and len(value) == 2
     right = right and all(isinstance(v, Real) for v in value)
     right = right and least <= value[0] <= value[1] <= most
@@ -110,7 +148,12 @@ def nearest(
     word,  # what was given
     known: Iterable,  # what there is
 ) -> str:
-    "A guess at what was meant, as the end of a sentence; empty where nothing is near."
+    """A guess at what was meant, as the end of a sentence; empty where nothing is near.
+
+    Args:
+        word: what was given
+        known: what there is
+    """
     near = difflib.get_close_matches(str(word), [str(k) for k in known], 1, 0.6)
     return f'; did you mean {near[0]!r}?' if near else ''
 
@@ -120,7 +163,13 @@ def require_choice(
     name: str,  # of the argument
     choices: Iterable,  # what there is
 ):
-    "`ValueError` that lists the choices, unless `value` is one of them."
+    """`ValueError` that lists the choices, unless `value` is one of them.
+
+    Args:
+        value: what was given
+        name: of the argument
+        choices: what there is
+    """
     choices = list(choices)
     if not any(value is c or (type(value) is type(c) and value == c) for c in choices):
         *first, last = map(repr, choices)
@@ -133,7 +182,13 @@ def require_known(
     what: str,  # what takes them, e.g. 'SCE'
     known: Iterable[str],  # the names that it takes
 ):
-    "`ValueError` for the first name that nobody takes, with the nearest one and all there are."
+    """`ValueError` for the first name that nobody takes, with the nearest one and all there are.
+
+    Args:
+        names: of what was given, such as the keys of `**options`
+        what: what takes them, e.g. 'SCE'
+        known: the names that it takes
+    """
     known = list(known)
     for n in names:
         if n in known:
@@ -150,7 +205,15 @@ def require_shape(
     dtype: torch.dtype | None = None,  # of the tensor; None: any
     meaning: str = '',  # said after the shape, e.g. ', one vector an image'
 ):
-    "`ValueError` unless `x` is a tensor of this shape and type."
+    """`ValueError` unless `x` is a tensor of this shape and type.
+
+    Args:
+        x: what was given
+        name: of the argument
+        shape: a number for each fixed size, a letter or None for a free one
+        dtype: of the tensor; None: any
+        meaning: said after the shape, e.g. ', one vector an image'
+    """
     right = isinstance(x, Tensor) and x.ndim == len(shape) and dtype in (None, x.dtype)
     fits = right and all(not isinstance(n, int) or n == m for n, m in zip(shape, x.shape))
     words = ','.join('any' if n is None else str(n) for n in shape)
@@ -163,7 +226,17 @@ def image_size(
     most: int | None = None,  # largest side that is allowed
     optional: bool = False,  # whether None is allowed
 ) -> int | tuple | None:  # the side of a square, else (height, width)
-    "A size of images as it is written here. `ValueError` for what is none."
+    """A size of images as it is written here. `ValueError` for what is none.
+
+    Args:
+        value: what was given: a side, or (height, width), pixels
+        name: of the argument
+        most: largest side that is allowed
+        optional: whether None is allowed
+
+    Returns:
+        the side of a square, else (height, width)
+    """
     pair = isinstance(value, tuple | list) and len(value) == 2
     hint = ', or (height, width) of such (pixels)'
     for side in value if pair else (value,):
@@ -181,12 +254,26 @@ def image_size(
 def height_width(
     size: int | tuple,  # a side, or (height, width)
 ) -> tuple:  # (height, width)
-    "Both sides of a size."
+    """Both sides of a size.
+
+    Args:
+        size: a side, or (height, width)
+
+    Returns:
+        (height, width)
+    """
     return tuple(size) if isinstance(size, tuple | list) else (size, size)
 
 
 def size_words(
     size: int | tuple,  # a side, or (height, width), pixels
 ) -> str:  # '32', '32x64'
-    "A size in a message."
+    """A size in a message.
+
+    Args:
+        size: a side, or (height, width), pixels
+
+    Returns:
+        '32', '32x64'
+    """
     return 'x'.join(map(str, size)) if isinstance(size, tuple | list) else str(size)

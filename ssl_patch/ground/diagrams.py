@@ -11,7 +11,13 @@ from .plots import VIEW1, VIEW2
 
 # %% ../../nbs/ground/04_diagrams.ipynb #0a7d0004
 class Diagram:
-    "Named boxes on a canvas of 100 by `height` units, and arrows between them."
+    """Named boxes on a canvas of 100 by `height` units, and arrows between them.
+
+    Args:
+        height: units; the width is 100
+        title: above it: what to see
+        inches: width of the figure
+    """
 
     def __init__(
         self,
@@ -39,7 +45,17 @@ class Diagram:
         ink: str = 'black',  # of the text
         dashed: bool = False,  # of the border: what may be there
     ):
-        "A box with text; the diagram itself, so that calls can be chained."
+        """A box with text; the diagram itself, so that calls can be chained.
+
+        Args:
+            name: for arrows
+            x: of its middle
+            y: of its middle
+            text: in it
+            color: inside; on a dark one, say ink='white'
+            ink: of the text
+            dashed: of the border: what may be there
+        """
         style = dict(boxstyle='round,pad=0.4', facecolor=color, edgecolor='black')
         style |= dict(linestyle='--') if dashed else {}
         place = dict(ha='center', va='center', fontsize=10, color=ink, zorder=3)
@@ -53,7 +69,14 @@ class Diagram:
         text: str = '',  # beside its middle
         dashed: bool = False,  # what no gradient runs through
     ):
-        "An arrow between two boxes; the diagram itself. `ValueError` for a name without a box."
+        """An arrow between two boxes; the diagram itself. `ValueError` for a name without a box.
+
+        Args:
+            start: name of a box
+            end: name of a box
+            text: beside its middle
+            dashed: what no gradient runs through
+        """
         for name in (start, end):
             require(name in self.boxes, 'start and end', f'of {list(self.boxes)}', name)
         a, b = self.boxes[start], self.boxes[end]
@@ -73,7 +96,12 @@ class Diagram:
         text: str,
         color: str = '0.3',
     ):
-        "Text without a box; the diagram itself."
+        """Text without a box; the diagram itself.
+
+        Args:
+            x: of its left end
+            y: of its middle
+        """
         self.ax.text(x, y, text, fontsize=10, style='italic', va='center', color=color)
         return self
 

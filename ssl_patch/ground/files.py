@@ -18,7 +18,12 @@ def atomic_write(
     data: bytes,  # its new content
 ) -> Path:
     """Write beside `path`, flush to disk, rename: the file is always the old one or the new one.
-    `OSError` where it cannot be written, with the old one untouched."""
+    `OSError` where it cannot be written, with the old one untouched.
+
+    Args:
+        path: file to replace
+        data: its new content
+    """
     path = Path(path)
     aside = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     try:
@@ -37,7 +42,11 @@ def atomic_write(
 def require_undamaged(
     path: Path,  # a zip archive: .pt, .npz
 ):
-    "`ValueError` for a file that is not whole, or of which a bit has changed."
+    """`ValueError` for a file that is not whole, or of which a bit has changed.
+
+    Args:
+        path: a zip archive: .pt, .npz
+    """
     try:
         with zipfile.ZipFile(path) as z:
             bad = z.testzip()
@@ -52,7 +61,12 @@ def alone_in(
     folder: Path,  # one that is there
     what: str,  # who is at work there, for the error: 'a run'
 ):  # yields the descriptor of the lock; None where there are no locks
-    "Hold the lock of a folder. `BlockingIOError` where another process holds it."
+    """Hold the lock of a folder. `BlockingIOError` where another process holds it.
+
+    Args:
+        folder: one that is there
+        what: who is at work there, for the error: 'a run'
+    """
     try:
         import fcntl
     except ImportError:

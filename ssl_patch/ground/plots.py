@@ -26,7 +26,12 @@ def picture_format(
     kind: str = 'jpeg',  # 'jpeg' for photographs, 'png' for charts
     quality: int = 80,  # of JPEG, 1 to 95
 ):
-    "How a notebook keeps the pictures that it shows from here on; outside of one, nothing."
+    """How a notebook keeps the pictures that it shows from here on; outside of one, nothing.
+
+    Args:
+        kind: 'jpeg' for photographs, 'png' for charts
+        quality: of JPEG, 1 to 95
+    """
     require_choice(kind, 'kind', ('jpeg', 'png'))
     require_int(quality, 'quality', 1, 95)
     if 'IPython' not in sys.modules or sys.modules['IPython'].get_ipython() is None:
@@ -40,7 +45,14 @@ def picture_format(
 def as_picture(
     x: Tensor,  # (C,H,W) uint8, or float in [0,1]; of other than three bands the first, or three
 ) -> Tensor:  # (H,W,3) float in [0,1], on the CPU
-    "An image as matplotlib likes it."
+    """An image as matplotlib likes it.
+
+    Args:
+        x: (C,H,W) uint8, or float in [0,1]; of other than three bands the first, or three
+
+    Returns:
+        (H,W,3) float in [0,1], on the CPU
+    """
     x = x.detach().cpu()
     x = x[:3] if len(x) > 2 else x[:1].expand(3, -1, -1)
     return (x / 255 if x.dtype == torch.uint8 else x.float().clamp(0, 1)).permute(1, 2, 0)
@@ -51,7 +63,13 @@ def canvas(
     picture: Tensor,  # (H,W,3), as from `as_picture`
     title: str = '',  # text above it
 ):
-    "An image without axes, pixel (0,0) with its corner at (0,0)."
+    """An image without axes, pixel (0,0) with its corner at (0,0).
+
+    Args:
+        ax: matplotlib axes
+        picture: (H,W,3), as from `as_picture`
+        title: text above it
+    """
     ax.imshow(
         picture.numpy(),
         extent=(0, picture.shape[1], picture.shape[0], 0),
@@ -66,7 +84,13 @@ def rectangles(
     boxes: Tensor,  # (K,4) top, left, height, width, pixels
     **kw,  # of matplotlib's `PatchCollection`, such as facecolor
 ):
-    "Draw boxes; pixel (0,0) has its corner at (0,0)."
+    """Draw boxes; pixel (0,0) has its corner at (0,0).
+
+    Args:
+        ax: matplotlib axes
+        boxes: (K,4) top, left, height, width, pixels
+        **kw: of matplotlib's `PatchCollection`, such as facecolor
+    """
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
@@ -81,7 +105,15 @@ def lines(
     color: str,  # of the lines
     width: float = 1.8,  # points
 ):
-    "Draw lines between points, with a white rim that keeps them legible on any photograph."
+    """Draw lines between points, with a white rim that keeps them legible on any photograph.
+
+    Args:
+        ax: matplotlib axes
+        starts: (K,2) x, y
+        ends: (K,2) x, y
+        color: of the lines
+        width: points
+    """
     from matplotlib.collections import LineCollection
     from matplotlib.patheffects import Normal, Stroke
 
@@ -97,7 +129,14 @@ def framed(
     title: str = '',  # text above it
     color: str | None = None,  # of the frame; None: no frame
 ):
-    "Draw one image, with a coloured frame where `color` is given."
+    """Draw one image, with a coloured frame where `color` is given.
+
+    Args:
+        ax: matplotlib axes
+        x: (3,H,W) uint8, or float in [0,1]
+        title: text above it
+        color: of the frame; None: no frame
+    """
     smooth = 'antialiased' if max(x.shape[1:]) > 128 else 'nearest'
     ax.imshow(as_picture(x).numpy(), interpolation=smooth)
     ax.set_title(title, fontsize=9)
@@ -114,7 +153,15 @@ def box_with_arrow(
     color: str,  # of box and arrow
     turn: int = 0,  # quarters that it is turned after that, counter-clockwise
 ):
-    "A box on its source image, and an arrow that runs from the left of the view to its right."
+    """A box on its source image, and an arrow that runs from the left of the view to its right.
+
+    Args:
+        ax: matplotlib axes of the source image
+        box: (4,) top, left, height, width, pixels
+        flip: whether the view is mirrored: the arrow then points left
+        color: of box and arrow
+        turn: quarters that it is turned after that, counter-clockwise
+    """
     from matplotlib.patches import Rectangle
 
     t, l, h, w = box.tolist()

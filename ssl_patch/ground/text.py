@@ -21,7 +21,11 @@ def _is_shown(c):
 def plain(
     text,  # a name or a sentence; anything else as `str` gives it
 ) -> str:
-    "The same in one line, without anything that a terminal obeys."
+    """The same in one line, without anything that a terminal obeys.
+
+    Args:
+        text: a name or a sentence; anything else as `str` gives it
+    """
     text = str(text)
     if text.isprintable():
         return text
@@ -37,7 +41,11 @@ _ESCAPES = {'<': '&lt;', '&': '&amp;', ']': r'\]', '$': r'\$'}
 def markdown(
     text,  # a name or a sentence; anything else as `str` gives it
 ) -> str:
-    "The same as one line of Markdown that shows it as it is."
+    """The same as one line of Markdown that shows it as it is.
+
+    Args:
+        text: a name or a sentence; anything else as `str` gives it
+    """
 
     def escaped(m):
         return _ESCAPES.get(m[0]) or m[0][:-1] * 2 + r'\|'
@@ -48,5 +56,9 @@ def markdown(
 def in_picture(
     text,  # a name or a sentence
 ) -> str:
-    "The same as one line of a picture by matplotlib, with dollar signs as they are."
+    """The same as one line of a picture by matplotlib, with dollar signs as they are.
+
+    Args:
+        text: a name or a sentence
+    """
     return plain(text).replace('$', r'\$')

@@ -16,7 +16,11 @@ WAIT_VARIABLES = ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME')
 
 
 def calm_threads() -> bool:  # False where a user has decided, or torch is loaded already
-    "Let waiting CPU threads sleep rather than spin. Call it where a process starts, before torch."
+    """Let waiting CPU threads sleep rather than spin. Call it where a process starts, before torch.
+
+    Returns:
+        False where a user has decided, or torch is loaded already
+    """
     if 'torch' in sys.modules or any(v in os.environ for v in WAIT_VARIABLES):
         return False
     os.environ['OMP_WAIT_POLICY'] = 'passive'
@@ -27,7 +31,11 @@ def stay(
     worker: int = 0,  # its number, as `DataLoader(worker_init_fn=stay)` gives it
 ):
     """In a process of a `DataLoader`: end by SIGTERM only if the parent sends it, and never by
-    Ctrl-C. Nothing is changed where the system does not say who sends a signal (macOS, Windows)."""
+    Ctrl-C. Nothing is changed where the system does not say who sends a signal (macOS, Windows).
+
+    Args:
+        worker: its number, as `DataLoader(worker_init_fn=stay)` gives it
+    """
     if not hasattr(signal, 'sigwaitinfo'):
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)

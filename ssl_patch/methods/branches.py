@@ -16,7 +16,14 @@ from ..models.heads import Projections, per_patch
 def l2_normalize(
     x: Tensor,  # (...,d)
 ) -> Tensor:  # rows of length 1, float32
-    "Rows brought to unit length, in float32 even under autocast."
+    """Rows brought to unit length, in float32 even under autocast.
+
+    Args:
+        x: (...,d)
+
+    Returns:
+        rows of length 1, float32
+    """
     return F.normalize(x.float(), dim=-1)
 
 
@@ -27,7 +34,15 @@ def pair_stats(
 ) -> dict:  # scalars on the device of `q`
     """Three numbers that tell learning from collapse: mean similarity of positive pairs, of
     different images, and `key_std`, the standard deviation of the keys' coordinates times sqrt(d)
-    (1: spread evenly over the sphere, 0: collapsed)."""
+    (1: spread evenly over the sphere, 0: collapsed).
+
+    Args:
+        q: (B,d) queries, unit rows
+        k: (B,d) their positives, unit rows
+
+    Returns:
+        scalars on the device of `q`
+    """
     B = len(q)
     positives = (q * k).sum(1)
     different = (q.sum(0) @ k.sum(0) - positives.sum()) / (B * (B - 1))
@@ -40,7 +55,16 @@ def make_queries(
     predictor: nn.Module,  # of image vectors
     patch_predictor: nn.Module,  # of patches
 ) -> Projections:  # unit rows in float32
-    "What is asked with: predicted, and brought to unit length."
+    """What is asked with: predicted, and brought to unit length.
+
+    Args:
+        p: of one view, by the network that learns
+        predictor: of image vectors
+        patch_predictor: of patches
+
+    Returns:
+        unit rows in float32
+    """
     patches = None
     if p.patches is not None:
         patches = l2_normalize(per_patch(patch_predictor, p.patches))
@@ -51,7 +75,15 @@ def make_keys(
     p: Projections,  # of one view, by the key encoder
     stop_gradient: bool = True,  # False: rows keep their gradient
 ) -> Projections:  # unit rows in float32, and the mean over patches
-    "What is compared with. The mean is over the projections as they are, as DenseCL takes it."
+    """What is compared with. The mean is over the projections as they are, as DenseCL takes it.
+
+    Args:
+        p: of one view, by the key encoder
+        stop_gradient: False: rows keep their gradient
+
+    Returns:
+        unit rows in float32, and the mean over patches
+    """
     image = l2_normalize(p.image.detach() if stop_gradient else p.image)
     if p.patches is None:
         return Projections(image, None, p.features)
@@ -64,7 +96,15 @@ def all_view_pairs(
     keys: int,  # G, the first views: those that the key encoder sees
     views: int,  # all of them
 ) -> tuple:  # of (query view, key view)
-    "Every view asks every key view but itself (SCE, multi-crop): G x (views - 1) pairs."
+    """Every view asks every key view but itself (SCE, multi-crop): G x (views - 1) pairs.
+
+    Args:
+        keys: G, the first views: those that the key encoder sees
+        views: all of them
+
+    Returns:
+        of (query view, key view)
+    """
     return tuple((v, g) for g in range(keys) for v in range(views) if v != g)
 
 
@@ -72,7 +112,15 @@ def views_to_see(
     view_pairs: tuple,  # of (query view, key view)
     required_outputs=(),  # of the patch losses
 ) -> dict:  # 'query' and 'key' -> sorted view numbers
-    "Which views make queries and which make keys, those of patch losses included."
+    """Which views make queries and which make keys, those of patch losses included.
+
+    Args:
+        view_pairs: of (query view, key view)
+        required_outputs: of the patch losses
+
+    Returns:
+        'query' and 'key' -> sorted view numbers
+    """
     need = {'query': {a for a, _ in view_pairs}, 'key': {b for _, b in view_pairs}}
     for view, side in required_outputs:
         need[side] |= {pair[0] if view == 'a' else pair[1] for pair in view_pairs}

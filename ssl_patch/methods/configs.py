@@ -17,7 +17,22 @@ from ..models.interface import require_encoder
 # %% ../../nbs/methods/04_configs.ipynb #5842e104
 @dataclass(frozen=True)
 class TrainConfig:
-    "How a method is trained, by default as its paper does."
+    """How a method is trained, by default as its paper does.
+
+    Args:
+        epochs: passes over the data
+        batch_size: images per loaded batch
+        optimizer: 'adamw', 'sgd' or 'lars'
+        base_lr: learning rate per 256 images: lr = base_lr x batch_size / 256
+        weight_decay: on all parameters, or on matrices only: see `decay_all`
+        decay_all: False: none on biases, norms, class token and positions
+        warmup_epochs: linear warm-up (at most 15 % of a run shorter than published)
+        schedule: the learning rate changes each 'step' or each 'epoch'
+        cosine_after_warmup: False: the cosine starts at epoch 0, warm-up caps it (APS)
+        drops: instead of a cosine: parts of the run after which the rate falls to a tenth
+        grad_clip: the largest norm of one parameter's gradient
+        grad_clip_growth: largest growth of that norm in a step (history clip)
+    """
 
     epochs: int = 200  # passes over the data
     batch_size: int = 256  # images per loaded batch
@@ -35,7 +50,21 @@ class TrainConfig:
 # %% ../../nbs/methods/04_configs.ipynb #f6c202a6
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    "What a paper chooses for one kind of data: a preset."
+    """What a paper chooses for one kind of data: a preset.
+
+    Args:
+        augmentations: functions of the size: of the query view and of the key view
+        heads: feature width D -> (projector, predictor or None)
+        loss: of images, such as `InfoNCELoss(tau=.2)`
+        patch_loss: of patches, where the paper has settings for it
+        queue: keys K at most; None: the keys of the batch
+        momentum: of the key encoder, at start and end; None: the same network
+        ema_update: the key encoder moves 'before' the keys, or 'after' the step
+        bn_splits: groups of batch-norm in the encoder and in the key encoder
+        symmetric: whether both views are query and key
+        train_config: optimiser and schedule
+        source: where the numbers come from
+    """
 
     augmentations: tuple  # functions of the size: of the query view and of the key view
     heads: Callable  # feature width D -> (projector, predictor or None)
@@ -94,7 +123,14 @@ def _rows_of(c):
 def preset_table(
     **configs,  # name of a method -> its presets, such as `MoCo_v2=moco_v2_configs`
 ) -> Table:  # a row for each choice, a column for each preset; below it, where they come from
-    "Presets side by side, in Markdown. Where two stand before and after a slash: query / key."
+    """Presets side by side, in Markdown. Where two stand before and after a slash: query / key.
+
+    Args:
+        **configs: name of a method -> its presets, such as `MoCo_v2=moco_v2_configs`
+
+    Returns:
+        a row for each choice, a column for each preset; below it, where they come from
+    """
     columns = []  # (words of the heading, preset); equal presets of a method share one
     for method, presets in configs.items():
         first = len(columns)
@@ -117,7 +153,13 @@ def config_for(
     encoder,  # that is to be trained, or its image side, pixels
 ) -> MethodConfig:
     """The preset for a kind of data: CIFAR's up to 32 pixels, Tiny-ImageNet's up to 96, ImageNet's
-    above. `ValueError` for an unknown name."""
+    above. `ValueError` for an unknown name.
+
+    Args:
+        configs: preset -> `MethodConfig`, of one method
+        preset: 'cifar', 'stl10', 'tiny_imagenet', 'imagenet', ...; None: by the size
+        encoder: that is to be trained, or its image side, pixels
+    """
     if not isinstance(encoder, int):
         require_encoder(encoder)
     size = getattr(encoder, 'size', encoder)
@@ -134,7 +176,14 @@ def given(**options) -> dict:
 # %% ../../nbs/methods/04_configs.ipynb #d702e237
 @dataclass(frozen=True, repr=False)
 class MethodEntry:
-    "A method as lists and the command line know it."
+    """A method as lists and the command line know it.
+
+    Args:
+        name: 'sce'
+        build: (encoder, **options) -> Method
+        configs: preset -> MethodConfig
+        title: 'SCE (Denize et al. 2023)'
+    """
 
     name: str  # 'sce'
     build: Callable  # (encoder, **options) -> Method
@@ -154,7 +203,14 @@ def register_method(
     configs: dict | None = None,  # preset -> `MethodConfig`
     title: str | None = None,  # for tables; None: the first line of the docstring of `build`
 ) -> MethodEntry:
-    "Make a method known by name. A paper does it in its own room, your own method in your module."
+    """Make a method known by name. A paper does it in its own room, your own method in your module.
+
+    Args:
+        name: lower case with underscores: what the command line takes
+        build: (encoder, **options) -> Method
+        configs: preset -> `MethodConfig`
+        title: for tables; None: the first line of the docstring of `build`
+    """
     word = isinstance(name, str) and name.isidentifier() and name == name.lower()
     require(word, 'name', "like 'my_method'", name)
     require(callable(build), 'build', 'a function (encoder, **options) -> Method', build)

@@ -27,7 +27,15 @@ def nce(
     s: Tensor,  # (...) score of the positive
     rest: Tensor,  # (...) log-sum-exp of the scores of the others
 ) -> Tensor:  # (...)
-    "InfoNCE of rows: softplus(rest - s), exact at both ends."
+    """InfoNCE of rows: softplus(rest - s), exact at both ends.
+
+    Args:
+        s: (...) score of the positive
+        rest: (...) log-sum-exp of the scores of the others
+
+    Returns:
+        (...)
+    """
     return -F.logsigmoid(s - rest)
 
 # %% ../../nbs/methods/06_contrast.ipynb #c7f5cfb4
@@ -38,7 +46,18 @@ def line_up(
     in_batch: bool = False,  # with a queue: whether keys of the batch are candidates too
     offset: int = 0,  # the positive of query i is row i+offset of `k`
 ) -> tuple:  # positives (n,d), candidates (C,d), column (n,1) of the positive among them, or None
-    "Who is compared with whom. Nothing here has a gradient."
+    """Who is compared with whom. Nothing here has a gradient.
+
+    Args:
+        k: (B,d) keys, without a queue (B_all,d)
+        n: queries
+        queue: (K,d) older keys
+        in_batch: with a queue: whether keys of the batch are candidates too
+        offset: the positive of query i is row i+offset of `k`
+
+    Returns:
+        positives (n,d), candidates (C,d), column (n,1) of the positive among them, or None
+    """
     k = k.detach()
     if queue is not None and not in_batch:
         return k, queue.detach(), None
@@ -53,7 +72,17 @@ def other_scores(
     column: Tensor | None,  # (n,1) where the positive is among the candidates
     tau: float,  # temperature
 ) -> Tensor:  # (n,C); the score of the positive is as good as minus infinity
-    "Scores with all candidates but the positive, divided by `tau`."
+    """Scores with all candidates but the positive, divided by `tau`.
+
+    Args:
+        a: (n,d) queries, or keys
+        candidates: (C,d)
+        column: (n,1) where the positive is among the candidates
+        tau: temperature
+
+    Returns:
+        (n,C); the score of the positive is as good as minus infinity
+    """
     s = similarity(full_precision(a) / tau, candidates)
     if column is None:
         return s
@@ -69,7 +98,16 @@ def check_pair(
     offset: int = 0,  # where keys of the batch are candidates: the positive of row 0 of `q`
     **temperatures,  # by name
 ):
-    "`ValueError` for shapes and temperatures that do not fit, before any work."
+    """`ValueError` for shapes and temperatures that do not fit, before any work.
+
+    Args:
+        q: (B,d) queries
+        k: (B,d) keys; where keys of the batch are candidates, of all processes
+        queue: (K,d) older keys
+        in_batch: with a queue: whether keys of the batch are candidates too
+        offset: where keys of the batch are candidates: the positive of row 0 of `q`
+        **temperatures: by name
+    """
     for name, tau in temperatures.items():
         require_number(tau, name, above=0)
     require_shape(q, 'q', ('B', 'd'), meaning=', one row an image')
@@ -97,7 +135,19 @@ def mean_over_queries(
     in_batch: bool = False,  # with a queue: whether keys of the batch are candidates too
     offset: int = 0,  # the positive of query i is row i+offset of `k`
 ) -> Tensor:  # scalar
-    "Mean of a loss over the queries, a part of the table of scores at a time."
+    """Mean of a loss over the queries, a part of the table of scores at a time.
+
+    Args:
+        loss: (q, own, others) -> (n,); `others(a, tau)` gives scores with the others
+        q: (B,d) queries
+        k: (B,d) keys
+        queue: (K,d) older keys
+        in_batch: with a queue: whether keys of the batch are candidates too
+        offset: the positive of query i is row i+offset of `k`
+
+    Returns:
+        scalar
+    """
     own, candidates, column = line_up(k, len(q), queue, in_batch, offset)
 
     def part(rows, q, _):
@@ -116,7 +166,18 @@ def info_nce(
 ) -> Tensor:  # scalar, mean over the rows of `q`
     """InfoNCE (van den Oord et al. 2018; with a queue, MoCo, He et al. 2020, eq. 1).
     Gradient reaches `q` alone. Value at chance: ln B_all, or ln(1+K).
-    Raises `ValueError` on wrong shapes or temperature."""
+    Raises `ValueError` on wrong shapes or temperature.
+
+    Args:
+        q: (B,d) queries, unit rows (not checked: normalise them yourself)
+        k: (B,d) keys, unit rows; without a queue (B_all,d), the keys of all processes
+        queue: (K,d) older keys, the negatives; None: the other rows of `k`
+        tau: temperature
+        offset: without a queue: the positive of row i of `q` is row i+offset of `k`
+
+    Returns:
+        scalar, mean over the rows of `q`
+    """
     check_pair(q, k, queue, offset=offset, tau=tau)
 
     def loss(q, own, others):
@@ -130,7 +191,16 @@ def place_positive(
     s: Tensor,  # (B,C) scores with the others, as `other_scores` gives them
     column: Tensor | None,  # (B,1) where the positive stands among the candidates; None: apart
 ) -> Tensor:  # (B,C) rows that sum to 1; or (B,1+C), the positive in column 0
-    "Soft labels: a share for the positive, the rest to the others by the softmax of their scores."
+    """Soft labels: a share for the positive, the rest to the others by the softmax of their scores.
+
+    Args:
+        share: (B,1) of the positive
+        s: (B,C) scores with the others, as `other_scores` gives them
+        column: (B,1) where the positive stands among the candidates; None: apart
+
+    Returns:
+        (B,C) rows that sum to 1; or (B,1+C), the positive in column 0
+    """
     others = (1 - share) * s.softmax(1)
     return torch.cat([share, others], 1) if column is None else others.scatter(1, column, share)
 
@@ -139,7 +209,15 @@ def one_hot_labels(
     k: Tensor,  # (B,d) keys
     queue: Tensor | None = None,  # (K,d) older keys; None: the keys of the batch are the candidates
 ) -> Tensor:  # (B,1+K), the positive in column 0; or (B,B), in column i
-    "The labels of InfoNCE: 1 for the positive, 0 for all others."
+    """The labels of InfoNCE: 1 for the positive, 0 for all others.
+
+    Args:
+        k: (B,d) keys
+        queue: (K,d) older keys; None: the keys of the batch are the candidates
+
+    Returns:
+        (B,1+K), the positive in column 0; or (B,B), in column i
+    """
     k = full_precision(k.detach())
     if queue is None:
         return torch.eye(len(k), dtype=k.dtype, device=k.device)
@@ -151,7 +229,16 @@ def relation_labels(
     queue: Tensor | None = None,  # (K,d) older keys; None: the keys of the batch are the candidates
     tau: float = 0.05,  # temperature; lower: sharper labels
 ) -> Tensor:  # (B,1+K), the positive in column 0; or (B,B), in column i: it gets nothing
-    "How similar a key finds the other candidates, as a distribution: what CO2 and ReSSL ask for."
+    """How similar a key finds the other candidates, as a distribution: what CO2 and ReSSL ask for.
+
+    Args:
+        k: (B,d) keys, unit rows (not checked)
+        queue: (K,d) older keys; None: the keys of the batch are the candidates
+        tau: temperature; lower: sharper labels
+
+    Returns:
+        (B,1+K), the positive in column 0; or (B,B), in column i: it gets nothing
+    """
     check_pair(k, k, queue, tau=tau)
     own, candidates, column = line_up(k, len(k), queue)
     s = other_scores(own, candidates, column, tau)
@@ -161,7 +248,14 @@ def relation_labels(
 def label_entropy(
     labels: Tensor,  # (B,C) rows that sum to 1
 ) -> Tensor:  # scalar, nats
-    "Mean entropy of rows of labels: 0 for one-hot rows, ln C for uniform ones."
+    """Mean entropy of rows of labels: 0 for one-hot rows, ln C for uniform ones.
+
+    Args:
+        labels: (B,C) rows that sum to 1
+
+    Returns:
+        scalar, nats
+    """
     return torch.special.entr(labels).sum(1).mean()
 
 # %% ../../nbs/methods/06_contrast.ipynb #acb77837
@@ -186,13 +280,23 @@ def num_candidates(
     queue: int | None = None,  # older keys; None: the keys of the batch are the candidates
     in_batch: bool = False,  # with a queue: whether keys of the batch are candidates too
 ) -> int:
-    "How many candidates a query has, its positive among them."
+    """How many candidates a query has, its positive among them.
+
+    Args:
+        batch: images
+        queue: older keys; None: the keys of the batch are the candidates
+        in_batch: with a queue: whether keys of the batch are candidates too
+    """
     return batch if queue is None else queue + (batch if in_batch else 1)
 
 
 @dataclass(frozen=True)
 class InfoNCELoss(ImageLoss):
-    "`info_nce` in the slot `loss` of a method. `ValueError` for a wrong temperature."
+    """`info_nce` in the slot `loss` of a method. `ValueError` for a wrong temperature.
+
+    Args:
+        tau: temperature
+    """
 
     tau: float = 0.2  # temperature
 

@@ -51,7 +51,24 @@ from ssl_patch.methods.trials import (
 # %% ../../nbs/methods/01_method.ipynb #36b7fca4
 class Method(nn.Module):
     """One step with two branches, queries and keys, and slots in it. A new method is a new filling
-    of the slots; nothing needs to be subclassed. `ValueError` for slots that do not fit."""
+    of the slots; nothing needs to be subclassed. `ValueError` for slots that do not fit.
+
+    Args:
+        encoder: ViT, ResNet, or any module with the same interface
+        augmentations: one `Augmentation` per view
+        patch_sampler: (view1, view2, grid, generator) -> kept patches of both; None: all
+        key_encoder: `ema(...)`; None: the same network, detached
+        queue: of older keys; None: the keys of the batch
+        loss: (q, k, queue) -> scalar
+        patch_loss: of patches; None: images alone
+        projector: (B,D) -> (B,d); None: three layers, and a predictor
+        predictor: (B,d) -> (B,d), of queries alone; None: none
+        view_pairs: of query view, key view; see `all_view_pairs`
+        loss_scale: the loss is so many times the sum over pairs
+        train_config: how it is trained by default
+        name: shown in records
+        stop_gradient: False: keys keep their gradient; only without a key encoder
+    """
 
     def __init__(
         self,
@@ -127,7 +144,16 @@ class Method(nn.Module):
         views: list,  # one `View` per augmentation
         generator=None,  # of the random draws
     ) -> list:  # T lists, each with the patch numbers (B,k) that every view keeps, or None for all
-        "Which patches each view keeps, T times over (T = 1 where all are): an optimiser step each."
+        """Which patches each view keeps, T times over (T = 1 where all are): an optimiser step
+        each.
+
+        Args:
+            views: one `View` per augmentation
+            generator: of the random draws
+
+        Returns:
+            T lists, each with the patch numbers (B,k) that every view keeps, or None for all
+        """
         if self.patch_sampler is None:
             return [[None] * len(views)]
         keep1, keep2 = self.patch_sampler(views[0], views[1], self.encoder.grid, generator)
@@ -139,7 +165,16 @@ class Method(nn.Module):
         keeps: list | None = None,  # patch numbers (B,k) per view, of `draw_patches`; None: all
         progress: float = 0.0,  # part of training that is done, 0 to 1
     ) -> tuple:  # (scalar loss, dict of scalars to log)
-        "The loss of one step. Call `after_step` once the optimiser has moved."
+        """The loss of one step. Call `after_step` once the optimiser has moved.
+
+        Args:
+            views: one `View` per augmentation
+            keeps: patch numbers (B,k) per view, of `draw_patches`; None: all
+            progress: part of training that is done, 0 to 1
+
+        Returns:
+            (scalar loss, dict of scalars to log)
+        """
         self.check_queues(len(views[0]))
         queries, keys = self.queries_and_keys(views, keeps or [None] * len(views), progress)
         key_views = sorted({b for _, b in self.view_pairs})
@@ -200,7 +235,11 @@ class Method(nn.Module):
         self,
         progress: float = 0.0,  # part of training that is done, 0 to 1
     ):
-        "What follows the optimiser's step: keys enter the queues, a late key encoder moves."
+        """What follows the optimiser's step: keys enter the queues, a late key encoder moves.
+
+        Args:
+            progress: part of training that is done, 0 to 1
+        """
         for queue, keys in zip(self.queues(), self.pending_keys):
             queue.put(keys)
         if self.key_encoder and self.key_encoder.ema_update == 'after':
@@ -227,7 +266,12 @@ class Method(nn.Module):
         batch_size: int,  # images per loaded batch
     ):
         """Before training: a queue without a size takes one that suits the data.
-        `ValueError` for a batch that queue or batch-norm cannot take."""
+        `ValueError` for a batch that queue or batch-norm cannot take.
+
+        Args:
+            num_images: in the data set
+            batch_size: images per loaded batch
+        """
         for queue in self.queues():
             queue.set_data_size(num_images, self.keys_per_step(batch_size))
         splits = self.bn_splits
@@ -260,7 +304,11 @@ class Method(nn.Module):
         self,
         batch_size: int,  # images per batch
     ) -> float | None:
-        "The loss of a network that tells nothing apart; None where a loss does not know it."
+        """The loss of a network that tells nothing apart; None where a loss does not know it.
+
+        Args:
+            batch_size: images per batch
+        """
         if not hasattr(self.loss, 'chance'):
             return None
         image = self.loss.chance(batch_size, self.queue and self.queue.size)
@@ -278,7 +326,11 @@ class Method(nn.Module):
         return total * (weights[0] * image + weights[1] * patch)
 
     def slots(self) -> dict:  # slot -> short description
-        "What fills the slots, in words: for tables and run records."
+        """What fills the slots, in words: for tables and run records.
+
+        Returns:
+            slot -> short description
+        """
         in_batch = self.queue is None or getattr(self.loss, 'in_batch', False)
         candidates = ['keys of the batch'] * in_batch + [q.label for q in [self.queue] if q]
         patch_loss = dict(patch_loss=self.patch_loss.label) if self.patch_loss else {}
@@ -307,7 +359,14 @@ def method_from_config(
     **slots,  # any slot of `Method` instead
 ) -> Method:
     """A method as a preset describes it, for the function of a paper to end with. `ValueError` for
-    an option that neither that function nor `Method` has."""
+    an option that neither that function nor `Method` has.
+
+    Args:
+        encoder: to train; its batch-norm is split in place where the preset asks for it
+        config: what the paper chose
+        name: of the method
+        **slots: any slot of `Method` instead
+    """
     caller = currentframe().f_back.f_code  # its arguments belong to the options that there are
     own = caller.co_varnames[: caller.co_argcount + caller.co_kwonlyargcount]
     taken = [*own, *list(signature(Method).parameters)]

@@ -16,7 +16,13 @@ from ..models.momentum import Queue
 # %% ../../nbs/methods/03_patch_loss.ipynb #b693f8db
 @dataclass
 class ViewOutputs:
-    "One view of a pair, and what both branches make of it: unit rows, gradient in `query` alone."
+    """One view of a pair, and what both branches make of it: unit rows, gradient in `query` alone.
+
+    Args:
+        view: the crops
+        query: of the network that learns, after its predictors
+        key: of the key encoder, without gradient
+    """
 
     view: View  # the crops
     query: Projections | None = None  # of the network that learns, after its predictors
@@ -44,20 +50,42 @@ class PatchLoss:
         M: int,  # patches of an image
         K: int,  # keys in the queue; 0: no queue
     ) -> float | None:
-        "The value where nothing is told apart; None: not known."
+        """The value where nothing is told apart; None: not known.
+
+        Args:
+            B: images
+            M: patches of an image
+            K: keys in the queue; 0: no queue
+        """
 
     def check(
         self,
         grid: tuple,  # (rows, cols) of the patches that it will compare
         has_queue: bool,  # whether there is a queue of image means
     ):
-        "Raise `ValueError` for a grid or queue that it cannot work with."
+        """Raise `ValueError` for a grid or queue that it cannot work with.
+
+        Args:
+            grid: (rows, cols) of the patches that it will compare
+            has_queue: whether there is a queue of image means
+        """
 
 # %% ../../nbs/methods/03_patch_loss.ipynb #859c31f3
 @dataclass(frozen=True)
 class PatchLosses:
     """The slot `patch_loss` of a method, written out: losses that are added up, with weight, heads
-    and negatives. `ValueError` for numbers out of range."""
+    and negatives. `ValueError` for numbers out of range.
+
+    Args:
+        losses: one `PatchLoss`, or several
+        weight: of the patch losses, lambda
+        image_weight: of the image loss; None: 1 - weight
+        start_fraction: part of training, at its start, without the patch losses
+        projector: of patches; None: DenseCL's two layers, as wide as images'
+        predictor: of patches; None: none
+        queue: of image means; None: negatives are those of the batch
+        pool: patches are averaged over pool x pool of them before they are compared
+    """
 
     losses: tuple  # one `PatchLoss`, or several
     weight: float = 0.5  # of the patch losses, lambda
@@ -103,7 +131,14 @@ class PatchLosses:
         self,
         progress: float,  # part of training that is done, 0 to 1
     ) -> tuple:  # of the image loss, of the patch losses
-        "The two weights at a time of training."
+        """The two weights at a time of training.
+
+        Args:
+            progress: part of training that is done, 0 to 1
+
+        Returns:
+            of the image loss, of the patch losses
+        """
         started = progress >= self.start_fraction
         return (self.image_weight, self.weight) if started else (1.0, 0.0)
 
@@ -148,7 +183,13 @@ def patch_head(
     hidden: int | None = None,  # None: as wide as the features
 ) -> nn.Module:
     """DenseCL's projector of patches: two layers with biases, no norm (Wang et al. 2021, and code).
-    Its 1x1 convolutions are linear layers on each patch."""
+    Its 1x1 convolutions are linear layers on each patch.
+
+    Args:
+        dim: width of the patch features D'
+        out: width of the projections d
+        hidden: None: as wide as the features
+    """
     return mlp(dim, hidden or dim, out, norm=False, last_norm=False, bias=True)
 
 # %% ../../nbs/methods/03_patch_loss.ipynb #92cccd82
@@ -160,7 +201,16 @@ def check_patch_loss(
     width: int,  # of image projections d
     patch_width: int,  # of patch projections
 ):
-    "A slot `patch_loss` that does not fit the other slots: `ValueError`, before any work."
+    """A slot `patch_loss` that does not fit the other slots: `ValueError`, before any work.
+
+    Args:
+        slot: what fills the slot
+        encoder: whose patches are compared
+        augmentations: of the views
+        patch_sampler: of the method, or None
+        width: of image projections d
+        patch_width: of patch projections
+    """
     names = ', '.join(type(loss).__name__ for loss in slot.losses)
     if patch_sampler is not None:
         full = slot.pool > 1 or any(loss.needs_full_grid for loss in slot.losses)

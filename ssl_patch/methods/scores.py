@@ -17,7 +17,14 @@ from ..ground.checks import require, require_int, require_number, require_shape
 def full_precision(
     x: Tensor,  # of any type
 ) -> Tensor:  # float32 where it was half precision, else as it is
-    "Half precision widened: a similarity divided by 0.05 needs more than three digits."
+    """Half precision widened: a similarity divided by 0.05 needs more than three digits.
+
+    Args:
+        x: of any type
+
+    Returns:
+        float32 where it was half precision, else as it is
+    """
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -25,7 +32,15 @@ def similarity(
     a: Tensor,  # (n,d) vectors
     b: Tensor,  # (m,d) vectors
 ) -> Tensor:  # (n,m) dot products, float32 or float64 even under autocast
-    "Dot products of every row of `a` with every row of `b`, in full precision."
+    """Dot products of every row of `a` with every row of `b`, in full precision.
+
+    Args:
+        a: (n,d) vectors
+        b: (m,d) vectors
+
+    Returns:
+        (n,m) dot products, float32 or float64 even under autocast
+    """
     with torch.autocast(a.device.type, enabled=False):
         return full_precision(a) @ full_precision(b).T
 
@@ -34,7 +49,15 @@ def row_similarity(
     a: Tensor,  # (...,d) vectors
     b: Tensor,  # (...,d) vectors, of a shape that broadcasts with that of `a`
 ) -> Tensor:  # (...) dot products, float32 or float64 even under autocast
-    "Dot product of every row of `a` with the same row of `b`, in full precision."
+    """Dot product of every row of `a` with the same row of `b`, in full precision.
+
+    Args:
+        a: (...,d) vectors
+        b: (...,d) vectors, of a shape that broadcasts with that of `a`
+
+    Returns:
+        (...) dot products, float32 or float64 even under autocast
+    """
     return (full_precision(a) * full_precision(b)).sum(-1)
 
 # %% ../../nbs/methods/05_scores.ipynb #a378be47
@@ -42,7 +65,12 @@ def rows_at_once(
     columns: int,  # candidates: columns of the table of scores
     device: torch.device,  # where the table is made
 ) -> int:
-    "Rows of scores in one table: 16 MiB of it on a CPU, 256 MiB elsewhere, and at least 32 rows."
+    """Rows of scores in one table: 16 MiB of it on a CPU, 256 MiB elsewhere, and at least 32 rows.
+
+    Args:
+        columns: candidates: columns of the table of scores
+        device: where the table is made
+    """
     return max(32, 2 ** (22 if device.type == 'cpu' else 26) // columns)
 
 
@@ -80,7 +108,17 @@ def sum_in_parts(
     x: Tensor,  # (rows,...) what is cut into parts; may learn
     y: Tensor | None = None,  # what every part needs as a whole; may learn
 ) -> Tensor:  # scalar
-    "Sum over parts of `n` rows of `loss(rows, x[rows], y)`; no table of scores outlives its part."
+    """Sum over parts of `n` rows of `loss(rows, x[rows], y)`; no table of scores outlives its part.
+
+    Args:
+        loss: (rows: slice, x[rows], y) -> scalar, a sum over these rows
+        n: rows in a part
+        x: (rows,...) what is cut into parts; may learn
+        y: what every part needs as a whole; may learn
+
+    Returns:
+        scalar
+    """
     if len(x) <= n:
         return loss(slice(None), x, y)
     learns = x.requires_grad or (y is not None and y.requires_grad)
@@ -93,7 +131,15 @@ def rows_of_each(
     u: Tensor,  # (B,M,d) vectors of patches
     index: Tensor,  # (B,...) long, numbers of patches, each image its own
 ) -> Tensor:  # (B,...,d)
-    "The patches of every image that `index` names."
+    """The patches of every image that `index` names.
+
+    Args:
+        u: (B,M,d) vectors of patches
+        index: (B,...) long, numbers of patches, each image its own
+
+    Returns:
+        (B,...,d)
+    """
     images = torch.arange(len(u), device=u.device).view(-1, *[1] * (index.ndim - 1))
     return u[images, index]
 
@@ -104,7 +150,17 @@ def negatives_logsumexp(
     tau: float,  # temperature
     rows: slice = slice(None),  # which images of the batch `r` holds
 ) -> Tensor:  # (b,M)
-    "Log-sum-exp of the scores of every patch with its negatives."
+    """Log-sum-exp of the scores of every patch with its negatives.
+
+    Args:
+        r: (b,M,d) patches that ask, of the images `rows`
+        negatives: (K,d), the same for all; or (B,m,d), and then those of other images
+        tau: temperature
+        rows: which images of the batch `r` holds
+
+    Returns:
+        (b,M)
+    """
     s = similarity(full_precision(r).flatten(0, 1) / tau, negatives.flatten(0, -2))
     if negatives.ndim == 3:
         own = torch.arange(len(s.T), device=s.device).view(negatives.shape[:2])[rows]
@@ -121,7 +177,18 @@ def sum_over_images(
     chunk: int | None,  # images in a part; None: as many as have a table that is not too large
     y: Tensor | None = None,  # what every part needs as a whole; may learn
 ) -> Tensor:  # scalar
-    "`sum_in_parts` over some images at a time."
+    """`sum_in_parts` over some images at a time.
+
+    Args:
+        loss: as `sum_in_parts` takes it
+        x: (B,M,d) patches of images
+        negatives: (K,d) or (B,m,d), for the size of the table
+        chunk: images in a part; None: as many as have a table that is not too large
+        y: what every part needs as a whole; may learn
+
+    Returns:
+        scalar
+    """
     columns = negatives.flatten(0, -2).shape[0]
     fit = max(1, rows_at_once(columns, x.device) // x.shape[1])
     return sum_in_parts(loss, chunk or fit, x, y)
@@ -134,7 +201,15 @@ def check_patches(
     same_grid: bool = False,  # whether both have the same patches
     negatives: bool = True,  # whether negatives come from other images, or the queue
 ):
-    "`ValueError` for shapes that do not fit each other, before any work."
+    """`ValueError` for shapes that do not fit each other, before any work.
+
+    Args:
+        r: (B,M,d) patches that ask
+        u: (B,M_k,d) patches that answer
+        queue: (K,d) older keys
+        same_grid: whether both have the same patches
+        negatives: whether negatives come from other images, or the queue
+    """
     meaning = ', M patches of B images'
     for name, x in (('r', r), ('u', u)):
         require_shape(x, name, ('B', 'M', 'd'), meaning=meaning)
@@ -155,6 +230,11 @@ def check_patch_numbers(
     tau: float,  # temperature
     chunk: int | None = None,  # images at a time
 ):
-    "`ValueError` for settings of a patch loss that are out of range."
+    """`ValueError` for settings of a patch loss that are out of range.
+
+    Args:
+        tau: temperature
+        chunk: images at a time
+    """
     require_number(tau, 'tau', above=0)
     require_int(chunk, 'chunk', 1, optional=True)

@@ -37,7 +37,15 @@ def sincos_positions(
     grid: int | tuple,  # patches per side n, or (rows, columns)
     dim: int,  # width D, a multiple of 4
 ) -> Tensor:  # (rows*columns,D), row-major
-    "Fixed 2-D sin-cos position embedding (MoCo v3). `ValueError` if `dim` is no multiple of 4."
+    """Fixed 2-D sin-cos position embedding (MoCo v3). `ValueError` if `dim` is no multiple of 4.
+
+    Args:
+        grid: patches per side n, or (rows, columns)
+        dim: width D, a multiple of 4
+
+    Returns:
+        (rows*columns,D), row-major
+    """
     require(dim % 4 == 0, 'dim', 'a multiple of 4 (sine and cosine of row and column)', dim)
     omega = 10000 ** (-torch.arange(dim // 4) / (dim / 4))
     h, w = torch.meshgrid(*map(torch.arange, height_width(grid)), indexing='ij')
@@ -102,14 +110,27 @@ def cut_patches(
     x: Tensor,  # (B,C,H,W), sides multiples of `side`
     side: int,  # of a patch, pixels
 ) -> Tensor:  # (B,M,C*side*side), row-major
-    "The pixels of every patch, in the order of a convolution's weights."
+    """The pixels of every patch, in the order of a convolution's weights.
+
+    Args:
+        x: (B,C,H,W), sides multiples of `side`
+        side: of a patch, pixels
+
+    Returns:
+        (B,M,C*side*side), row-major
+    """
     B, C, H, W = x.shape
     blocks = x.reshape(B, C, H // side, side, W // side, side).permute(0, 2, 4, 1, 3, 5)
     return blocks.reshape(B, H * W // side**2, C * side**2)
 
 # %% ../../nbs/models/01_encoders.ipynb #07fa9f21
 class ViT(Encoder):
-    "A timm vision transformer that runs on all of its patches, or on those that `keep` names."
+    """A timm vision transformer that runs on all of its patches, or on those that `keep` names.
+
+    Args:
+        net: timm's `VisionTransformer`, without classifier
+        spec: what `vit` was called with
+    """
 
     drops_patches = True
 
@@ -128,7 +149,11 @@ class ViT(Encoder):
         self,
         on: bool = True,  # False: the fused kernel again
     ):
-        "Softmax attention written out: the fused kernel's bfloat16 backward is slow on CPUs."
+        """Softmax attention written out: the fused kernel's bfloat16 backward is slow on CPUs.
+
+        Args:
+            on: False: the fused kernel again
+        """
         for b in self.net.blocks:
             b.attn.fused_attn = not on
         return self
@@ -137,14 +162,28 @@ class ViT(Encoder):
         self,
         size: int | tuple,  # of images, pixels
     ) -> tuple:  # (rows, columns)
-        "The patches that an image of this size has."
+        """The patches that an image of this size has.
+
+        Args:
+            size: of images, pixels
+
+        Returns:
+            (rows, columns)
+        """
         return tuple(n // self.side for n in height_width(size))
 
     def positions(
         self,
         grid: tuple,  # (rows, columns)
     ) -> Tensor:  # (1,M,D)
-        "The position embedding of a grid, resampled (bicubic) where it is not the encoder's own."
+        """The position embedding of a grid, resampled (bicubic) where it is not the encoder's own.
+
+        Args:
+            grid: (rows, columns)
+
+        Returns:
+            (1,M,D)
+        """
         if tuple(grid) == tuple(self.grid):
             return self.net.pos_embed
         from timm.layers import resample_abs_pos_embed
@@ -156,7 +195,11 @@ class ViT(Encoder):
         self,
         size: int | tuple,  # of images, pixels: a side, or (height, width)
     ):
-        "A copy for images of another size, its positions resampled."
+        """A copy for images of another size, its positions resampled.
+
+        Args:
+            size: of images, pixels: a side, or (height, width)
+        """
         new, own = super().at_size(size), self.net.pos_embed
         new.grid = self.grid_of(new.size)
         where = self.positions(new.grid).detach().clone()
@@ -170,6 +213,11 @@ class ViT(Encoder):
         x: Tensor,  # (B,3,H,W) uint8, or float in [0,1]
         keep: Tensor | None = None,  # (B,k) indices of patches, row-major; None: all
     ) -> Features:
+        """
+        Args:
+            x: (B,3,H,W) uint8, or float in [0,1]
+            keep: (B,k) indices of patches, row-major; None: all
+        """
         net = self.net
         grid = self.grid_of(x.shape[2:])
         t = cut_patches(self.normalise(x), self.side)
@@ -195,7 +243,19 @@ def vit(
     drop_path: float = 0.0,  # stochastic depth
     channels: int = 3,  # bands of the images
 ) -> ViT:
-    "A vision transformer. `ValueError` for unknown names, and for sizes that do not divide."
+    """A vision transformer. `ValueError` for unknown names, and for sizes that do not divide.
+
+    Args:
+        name: 'tiny', 'small' or 'base'
+        size: of images, pixels: a side, or (height, width)
+        patch: patch side, pixels; must divide `size`
+        variant: 'aps' or 'moco_v3': the table above
+        width: instead of the named width D
+        depth: instead of the named number of blocks
+        heads: instead of the named number of heads
+        drop_path: stochastic depth
+        channels: bands of the images
+    """
     size = image_size(size, 'size')
     spec = dict(kind='vit', name=name, size=size, patch=patch, variant=variant)
     spec |= dict(width=width, depth=depth, heads=heads, drop_path=drop_path)
@@ -234,7 +294,14 @@ register_encoder(
 
 # %% ../../nbs/models/01_encoders.ipynb #d3c6eac1
 class ResNet(Encoder):
-    "A torchvision ResNet: the image is the mean of the last map, patches are cells of a map."
+    """A torchvision ResNet: the image is the mean of the last map, patches are cells of a map.
+
+    Args:
+        net: torchvision's `ResNet`, without classifier
+        spec: what `resnet` was called with
+        size: of images, pixels: a side, or (height, width)
+        dim: channels D of the last map
+    """
 
     def __init__(
         self,
@@ -264,7 +331,14 @@ class ResNet(Encoder):
         self,
         size: int | tuple,  # of images, pixels
     ) -> tuple:  # (rows, columns)
-        "The map that an image of this size ends in."
+        """The map that an image of this size ends in.
+
+        Args:
+            size: of images, pixels
+
+        Returns:
+            (rows, columns)
+        """
         stride = self.stage_strides[2 if self.early else 3]
         return tuple(math.ceil(n / stride) for n in height_width(size))
 
@@ -272,7 +346,11 @@ class ResNet(Encoder):
         self,
         size: int | tuple,  # of images, pixels: a side, or (height, width)
     ):
-        "A copy for images of another size; the stem stays."
+        """A copy for images of another size; the stem stays.
+
+        Args:
+            size: of images, pixels: a side, or (height, width)
+        """
         new = super().at_size(size)
         new.grid = self.grid_of(new.size)
         return new
@@ -281,7 +359,14 @@ class ResNet(Encoder):
         self,
         x: Tensor,  # (B,3,H,W) uint8, or float in [0,1]
     ) -> list:  # of maps (B,C,h,w), finest first
-        "The maps of the four stages, layer1 to layer4."
+        """The maps of the four stages, layer1 to layer4.
+
+        Args:
+            x: (B,3,H,W) uint8, or float in [0,1]
+
+        Returns:
+            of maps (B,C,h,w), finest first
+        """
         net = self.net
         m, maps = net.maxpool(net.relu(net.bn1(net.conv1(self.normalise(x))))), []
         for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
@@ -294,6 +379,11 @@ class ResNet(Encoder):
         x: Tensor,  # (B,3,H,W) uint8, or float in [0,1]
         keep=None,  # must be None: a convolution sees all patches
     ) -> Features:
+        """
+        Args:
+            x: (B,3,H,W) uint8, or float in [0,1]
+            keep: must be None: a convolution sees all patches
+        """
         only = 'None: a ResNet sees all patches (use a ViT, or a method that keeps all)'
         require(keep is None, 'keep', only, keep)
         third, last = self.stage_maps(x)[2:]
@@ -349,7 +439,17 @@ def resnet(
     zero_init_residual: bool = False,  # last norm of a block scales by 0 at first (MoCo v3)
     channels: int = 3,  # bands of the images
 ) -> ResNet:
-    "A residual network without its classifier. `ValueError` for unknown names, layers and widths."
+    """A residual network without its classifier. `ValueError` for unknown names, layers and widths.
+
+    Args:
+        name: of torchvision: 'resnet18', 'resnet34', 'resnet50', 'resnet101', ...
+        size: of images, pixels: a side, or (height, width)
+        stem: 'small', 'half' or 'imagenet'; 'auto': small where no side exceeds 64
+        width: channels of the first stage
+        feature_layer: the map whose cells are the patches, or 'layer3' before it
+        zero_init_residual: last norm of a block scales by 0 at first (MoCo v3)
+        channels: bands of the images
+    """
     size = image_size(size, 'size')
     require_choice(feature_layer, 'feature_layer', ('layer4', 'layer3'))
     require_choice(stem, 'stem', ('auto', *_stems))

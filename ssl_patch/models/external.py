@@ -39,7 +39,16 @@ from ssl_patch.models.weights import (
 
 # %% ../../nbs/models/05_external.ipynb #1066a6de
 class ExternalEncoder(Encoder):
-    "A network of another library as an encoder, in eval mode. `ValueError` if it cannot run."
+    """A network of another library as an encoder, in eval mode. `ValueError` if it cannot run.
+
+    Args:
+        net: without classifier
+        read: function (net, normalised x) -> (image (B,D), (patches (B,M,D'), grid) or why not)
+        spec: kind, name, size, ...: plain data that `build_encoder` builds it from
+        size: of images, pixels: a side, or (height, width)
+        resize: short side to which the published protocol resizes before it cuts `size`
+        head: names of the classifier that was taken off: a checkpoint may have them
+    """
 
     tried_on = 1  # images, when it is built
 
@@ -75,7 +84,12 @@ class ExternalEncoder(Encoder):
         size: int | tuple,  # of images, pixels
         read=None,  # function (net, normalised x); None: the encoder's own
     ):
-        "What the network says of black images. `ValueError` if it says nothing."
+        """What the network says of black images. `ValueError` if it says nothing.
+
+        Args:
+            size: of images, pixels
+            read: function (net, normalised x); None: the encoder's own
+        """
         modes, shape = [(m, m.training) for m in self.modules()], height_width(size)
         like = dict(dtype=precision_of(self), device=self.mean.device)
         x = torch.zeros(self.tried_on, self.channels, *shape, **like)
@@ -93,7 +107,11 @@ class ExternalEncoder(Encoder):
         self,
         *sizes: int | tuple,  # of images, pixels: sides, or (height, width)
     ):
-        "Take images of these sizes too. `ValueError` where the network cannot run."
+        """Take images of these sizes too. `ValueError` where the network cannot run.
+
+        Args:
+            *sizes: of images, pixels: sides, or (height, width)
+        """
         for n in [image_size(n, 'size') for n in sizes]:
             if n not in self.sizes:
                 self.attempt(n)
@@ -105,7 +123,11 @@ class ExternalEncoder(Encoder):
         size: int | tuple,  # of images, pixels: a side, or (height, width)
     ):
         """A copy for images of another size; where the network itself does not run on them, its
-        library builds it anew and resamples its positions. `ValueError` where neither goes."""
+        library builds it anew and resamples its positions. `ValueError` where neither goes.
+
+        Args:
+            size: of images, pixels: a side, or (height, width)
+        """
         size = image_size(size, 'size')
         try:
             new = super().at_size(size)
@@ -122,7 +144,11 @@ class ExternalEncoder(Encoder):
         self,
         size: int | tuple,  # of images, pixels
     ):
-        "The network as its library builds it for this size, with the weights of this one."
+        """The network as its library builds it for this size, with the weights of this one.
+
+        Args:
+            size: of images, pixels
+        """
         with torch.random.fork_rng(devices=[]):
             new = self.rebuilt(size=size)
         state = self.net.state_dict()
@@ -139,6 +165,11 @@ class ExternalEncoder(Encoder):
         x: Tensor,  # (B,3,H,W) uint8, or float in [0,1]
         keep=None,  # must be None: these networks see all patches
     ) -> Features:
+        """
+        Args:
+            x: (B,3,H,W) uint8, or float in [0,1]
+            keep: must be None: these networks see all patches
+        """
         only = f'None: {self.label} cannot run on a subset of its patches (vit(...) can)'
         require(keep is None, 'keep', only, keep)
         image, patches = self.read(self.net, self.normalise(x))
@@ -155,7 +186,14 @@ class ExternalEncoder(Encoder):
         x: Tensor,  # (B,3,H,W) uint8, or float in [0,1]
     ) -> list:  # of maps (B,C,h,w), finest first
         """The last map of every side that there is on the way through a convolutional network; of
-        tokens one map, as in `Features`. `ValueError` for a network without any."""
+        tokens one map, as in `Features`. `ValueError` for a network without any.
+
+        Args:
+            x: (B,3,H,W) uint8, or float in [0,1]
+
+        Returns:
+            of maps (B,C,h,w), finest first
+        """
         return self.read_stages(self.net, self.normalise(x))
 
     def tried_stages(self):
@@ -214,7 +252,15 @@ def read_timm(
     net: nn.Module,  # of timm, with `num_classes=0`
     x: Tensor,  # (B,3,H,W) normalised
 ) -> tuple:  # image (B,D); (patches (B,M,D'), grid), or a str: why there are none
-    "Image vector and patches of a timm network."
+    """Image vector and patches of a timm network.
+
+    Args:
+        net: of timm, with `num_classes=0`
+        x: (B,3,H,W) normalised
+
+    Returns:
+        image (B,D); (patches (B,M,D'), grid), or a str: why there are none
+    """
     f = net.forward_features(x)
     return net.forward_head(f, pre_logits=True), _timm_patches(net, f, x)
 
@@ -234,7 +280,15 @@ def read_torchvision(
     net: nn.Module,  # of torchvision, without its last linear layer
     x: Tensor,  # (B,3,H,W) normalised
 ) -> tuple:  # image (B,D); (patches (B,M,D'), grid), or a str: why there are none
-    "Image vector and patches of a torchvision classification network."
+    """Image vector and patches of a torchvision classification network.
+
+    Args:
+        net: of torchvision, without its last linear layer
+        x: (B,3,H,W) normalised
+
+    Returns:
+        image (B,D); (patches (B,M,D'), grid), or a str: why there are none
+    """
     if hasattr(net, 'class_token'):  # a ViT, as it computes itself, but of squares alone
         sides = height_width(net.image_size)
         require(x.shape[2:] == sides, 'x', f'images of {sides[0]} x {sides[1]} pixels', x)
@@ -253,7 +307,15 @@ def remove_classifier(
     net: nn.Module,  # changed in place
     label: str,  # of the network, for the error
 ) -> str:  # the name of the layer
-    "Replace the last linear layer by the identity. `ValueError` where there is none."
+    """Replace the last linear layer by the identity. `ValueError` where there is none.
+
+    Args:
+        net: changed in place
+        label: of the network, for the error
+
+    Returns:
+        the name of the layer
+    """
     linear = [n for n, m in net.named_modules() if isinstance(m, nn.Linear)]
     require(bool(linear), label, 'a network that ends in a linear classifier', type(net))
     parent, _, name = linear[-1].rpartition('.')
@@ -265,7 +327,15 @@ def read_own(
     net: nn.Module,  # maps images to vectors, to a map, or to `Features`
     x: Tensor,  # (B,3,H,W) normalised
 ) -> tuple:  # image (B,D); (patches (B,M,D'), grid), or a str: why there are none
-    "Image vector and patches of a network of one's own. `ValueError` for anything else it gives."
+    """Image vector and patches of a network of one's own. `ValueError` for anything else it gives.
+
+    Args:
+        net: maps images to vectors, to a map, or to `Features`
+        x: (B,3,H,W) normalised
+
+    Returns:
+        image (B,D); (patches (B,M,D'), grid), or a str: why there are none
+    """
     out, B = net(x), len(x)
     image, patches = getattr(out, 'image', out), 'it gives a vector for each image, and no map'
     if isinstance(image, Tensor) and image.ndim == 4:
@@ -298,7 +368,11 @@ class OwnEncoder(ExternalEncoder):
         seed: int = 0,  # of the weights
     ):
         """A copy whose layers have drawn their weights anew. What no layer of PyTorch's draws, such
-        as a parameter of a module of one's own, has its values shuffled."""
+        as a parameter of a module of one's own, has its values shuffled.
+
+        Args:
+            seed: of the weights
+        """
         new, drawn = copy.deepcopy(self).cpu(), set()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
@@ -322,7 +396,18 @@ def wrap(
     channels: int = 3,  # bands of the images that it takes
 ) -> OwnEncoder:  # in eval mode, with `net` itself inside
     """A network of your own as an encoder, which trains, is saved and measured as others are. Its
-    widths are found by trying it. `ValueError` for what cannot be one."""
+    widths are found by trying it. `ValueError` for what cannot be one.
+
+    Args:
+        net: maps (B,3,H,W) to vectors (B,D), a map (B,D,r,c) or `Features`
+        size: of images: a side, or (height, width); None: `net.size`
+        stats: (mean, std) of [0,1] pixels that it wants; None: [0,1] as it is
+        resize: side before the cut of `size`, for photographs; None: `size`
+        channels: bands of the images that it takes
+
+    Returns:
+        in eval mode, with `net` itself inside
+    """
     is_net = isinstance(net, nn.Module) and not isinstance(net, Encoder)
     what = 'a network, built: a torch nn.Module that is not an encoder yet'
     require(is_net, 'net', what, net if isinstance(net, type) else type(net))
@@ -377,7 +462,16 @@ def fill_encoder(
     state: dict,  # what a checkpoint holds
     tower: str = 'online',  # 'online', 'momentum', or a prefix
 ) -> Found:  # where the weights were
-    "Put the weights of a checkpoint into an encoder. `ValueError` unless all are found."
+    """Put the weights of a checkpoint into an encoder. `ValueError` unless all are found.
+
+    Args:
+        encoder: an `ExternalEncoder`, or an encoder of ours; changed in place
+        state: what a checkpoint holds
+        tower: 'online', 'momentum', or a prefix
+
+    Returns:
+        where the weights were
+    """
     head, convert = getattr(encoder, 'head', ()), _library_reader(encoder)
     found = find_weights(state, encoder.net, tower, head, convert)
     flat = flatten_state(state)

@@ -21,7 +21,15 @@ def mlp(
     bias: bool = False,  # biases in the linear layers
     last_bias: bool | None = None,  # bias of the last layer; None: as `bias`
 ) -> nn.Sequential:
-    "Linear layers, (batch-norm and) ReLU between them. `ValueError` for fewer than 2 widths."
+    """Linear layers, (batch-norm and) ReLU between them. `ValueError` for fewer than 2 widths.
+
+    Args:
+        *dims: widths, first to last: mlp(192, 512, 128) has two layers
+        norm: batch-norm before every ReLU
+        last_norm: batch-norm without affine after the last layer
+        bias: biases in the linear layers
+        last_bias: bias of the last layer; None: as `bias`
+    """
     require(len(dims) >= 2, 'dims', 'at least an input and an output width', dims)
     for d in dims:
         require_int(d, 'a width of a head (hidden, out)', least=1)
@@ -41,13 +49,30 @@ def mlp_heads(
     hidden: int = 512,  # hidden width of both
     out: int = 128,  # width d of the vectors that are compared
 ) -> tuple:  # (projector, predictor)
-    "A projector and a predictor of three layers each (APS's released configuration for CIFAR)."
+    """A projector and a predictor of three layers each (APS's released configuration for CIFAR).
+
+    Args:
+        dim: feature width D
+        hidden: hidden width of both
+        out: width d of the vectors that are compared
+
+    Returns:
+        (projector, predictor)
+    """
     return mlp(dim, hidden, hidden, out), mlp(out, hidden, hidden, out)
 
 # %% ../../nbs/models/02_heads.ipynb #aa1f6cb5
 @dataclass
 class Projections:
-    "What a tower makes of a batch of images: vectors to compare, and the features they come from."
+    """What a tower makes of a batch of images: vectors to compare, and the features they come from.
+
+    Args:
+        image: (B,d) one vector per image
+        patches: (B,M,d) one vector per patch, or per block of patches; None without a head for them
+        features: of the encoder, of the same patches; of all of them where few are drawn for
+            `patches`
+        mean: (B,d) the mean over the patches, brought to unit length: what a queue of patches holds
+    """
 
     image: Tensor  # (B,d) one vector per image
     # (B,M,d) one vector per patch, or per block of patches; None without a head for them
@@ -61,13 +86,25 @@ class Projections:
         self,
         i: Tensor,  # (n,) long
     ):
-        "The projections of images `i`, in that order."
+        """The projections of images `i`, in that order.
+
+        Args:
+            i: (n,) long
+        """
         patches = self.patches if self.patches is None else self.patches[i]
         return Projections(self.image[i], patches, self.features.rows(i))
 
 # %% ../../nbs/models/02_heads.ipynb #25ff120e
 class Tower(nn.Module):
-    "Encoder and projectors, the part of a method that both towers have."
+    """Encoder and projectors, the part of a method that both towers have.
+
+    Args:
+        encoder: images -> `Features`
+        projector: (B,D) -> (B,d)
+        patch_projector: (rows,D') -> (rows,d); None: no patches
+        pool: patches are averaged over pool x pool of the grid first
+        num_patches: drawn per image in training for that; None: all
+    """
 
     def __init__(
         self,
@@ -89,6 +126,14 @@ class Tower(nn.Module):
         x: Tensor,  # (B,3,H,W) images
         keep: Tensor | None = None,  # (B,k) patches that the encoder runs on; None: all
     ) -> Projections:  # not normalised
+        """
+        Args:
+            x: (B,3,H,W) images
+            keep: (B,k) patches that the encoder runs on; None: all
+
+        Returns:
+            not normalised
+        """
         f = self.encoder(x, keep)
         if self.patch_projector is None:
             return Projections(self.projector(f.image), None, f)
@@ -102,5 +147,13 @@ def per_patch(
     head: nn.Module,  # (rows,D) -> (rows,d)
     x: Tensor,  # (B,M,D)
 ) -> Tensor:  # (B,M,d)
-    "A head on every patch; its batch-norm counts each of them as a row."
+    """A head on every patch; its batch-norm counts each of them as a row.
+
+    Args:
+        head: (rows,D) -> (rows,d)
+        x: (B,M,D)
+
+    Returns:
+        (B,M,d)
+    """
     return head(x.flatten(0, 1)).unflatten(0, x.shape[:2])

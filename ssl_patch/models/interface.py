@@ -34,7 +34,13 @@ from .channels import fit_channels, require_stats
 # %% ../../nbs/models/00_interface.ipynb #52c70c50
 @dataclass
 class Features:
-    "What an encoder says of a batch of images: ViT tokens and ResNet cells alike, as patches."
+    """What an encoder says of a batch of images: ViT tokens and ResNet cells alike, as patches.
+
+    Args:
+        image: (B,D) one vector per image: CLS token, or average pool
+        patches: (B,M,D') one vector per patch that was kept, row-major; D' is `encoder.patch_dim`
+        grid: (rows, columns) of the whole grid; M is their product unless patches were dropped
+    """
 
     image: Tensor  # (B,D) one vector per image: CLS token, or average pool
     # (B,M,D') one vector per patch that was kept, row-major; D' is `encoder.patch_dim`
@@ -46,12 +52,21 @@ class Features:
         self,
         i: Tensor,  # (n,) long
     ):
-        "The features of images `i`, in that order."
+        """The features of images `i`, in that order.
+
+        Args:
+            i: (n,) long
+        """
         return Features(self.image[i], self.patches[i], self.grid)
 
 
 class ImageOnly(Features):
-    "Features without patches: asking for `patches` or `grid` is a `ValueError` that says why."
+    """Features without patches: asking for `patches` or `grid` is a `ValueError` that says why.
+
+    Args:
+        image: (B,D)
+        why: the reason, for the error
+    """
 
     has_patches = False
 
@@ -80,7 +95,15 @@ def pool_patches(
     features: Features,  # of whole grids
     pool: int,  # patches per side of a block, p; must divide rows and columns
 ) -> Features:  # patches (B,M/p^2,D'), grid (rows/p, columns/p)
-    "Patches averaged over p x p blocks. `ValueError` for a grid that is not whole or not divided."
+    """Patches averaged over p x p blocks. `ValueError` for a grid that is not whole or not divided.
+
+    Args:
+        features: of whole grids
+        pool: patches per side of a block, p; must divide rows and columns
+
+    Returns:
+        patches (B,M/p^2,D'), grid (rows/p, columns/p)
+    """
     require_int(pool, 'pool', least=1)
     if pool == 1:
         return features
@@ -100,7 +123,16 @@ def random_patches(
     n: int | None,  # of each image; None, or M and more: all
     generator: torch.Generator | None = None,  # of the draw
 ) -> Tensor:  # (B,n,d)
-    "`n` patches of every image, uniformly and without replacement."
+    """`n` patches of every image, uniformly and without replacement.
+
+    Args:
+        x: (B,M,d) vectors of patches
+        n: of each image; None, or M and more: all
+        generator: of the draw
+
+    Returns:
+        (B,n,d)
+    """
     if n is None or n >= x.shape[1]:
         return x
     chances = torch.rand(x.shape[:2], device=x.device, generator=generator)
@@ -119,7 +151,13 @@ def require_divided(
     side: int,  # of a patch, pixels
     name: str = 'size',  # of the argument
 ):
-    "`ValueError` that says what divides, unless patches of this side fill the images."
+    """`ValueError` that says what divides, unless patches of this side fill the images.
+
+    Args:
+        size: of images, pixels
+        side: of a patch, pixels
+        name: of the argument
+    """
     both = ' in height and width' if isinstance(size, tuple) else ''
     fits = all(n % side == 0 for n in height_width(size))
     require(fits, name, f'a multiple of the patch side {side}{both}', size)
@@ -128,7 +166,12 @@ def require_divided(
 def precision_of(
     module: nn.Module,  # a network
 ) -> torch.dtype:
-    "The type of a network's numbers: that of its first floating-point weight; without any float32."
+    """The type of a network's numbers: that of its first floating-point weight; without any
+    float32.
+
+    Args:
+        module: a network
+    """
     kinds = (p.dtype for p in module.parameters() if p.is_floating_point())
     return next(kinds, torch.float32)
 
@@ -149,7 +192,13 @@ def _remedy(x, channels):
 
 # %% ../../nbs/models/00_interface.ipynb #91d5c35e
 class Encoder(nn.Module):
-    "What all encoders share: input checks, normalisation, and a `spec` to build the same again."
+    """What all encoders share: input checks, normalisation, and a `spec` to build the same again.
+
+    Args:
+        spec: kind and arguments: plain data that `build_encoder` builds it from
+        size: of images, pixels: a side, or (height, width)
+        dim: width D of the image vector
+    """
 
     drops_patches = False  # whether `forward` takes `keep`
     side = 1  # of a patch: the side of an image must be a multiple of it
@@ -182,7 +231,12 @@ class Encoder(nn.Module):
         std,  # (C,)
     ):
         """Channel statistics, subtracted and divided by on every forward; the encoder itself.
-        `ValueError` unless they are finite, one for each band, and std above 0."""
+        `ValueError` unless they are finite, one for each band, and std above 0.
+
+        Args:
+            mean: (C,) of [0,1] pixels, for C bands
+            std: (C,)
+        """
         require_stats((mean, std), self.channels)
         self.mean.copy_(torch.as_tensor(mean))
         self.std.copy_(torch.as_tensor(std))
@@ -192,7 +246,11 @@ class Encoder(nn.Module):
         self,
         *sizes: int | tuple,  # of images, pixels: sides, or (height, width)
     ):
-        "Take images of these sizes too, as multi-crop needs. `ValueError` where none fits."
+        """Take images of these sizes too, as multi-crop needs. `ValueError` where none fits.
+
+        Args:
+            *sizes: of images, pixels: sides, or (height, width)
+        """
         sizes = [image_size(n, 'size') for n in sizes]
         for n in sizes:
             require_divided(n, self.side)
@@ -203,7 +261,14 @@ class Encoder(nn.Module):
         self,
         x: Tensor,  # (B,C,H,W) uint8, or float in [0,1], with (H,W) in `sizes`
     ) -> Tensor:  # float, in the precision of the network
-        "Images as the network likes them. `ValueError` for images that it does not take."
+        """Images as the network likes them. `ValueError` for images that it does not take.
+
+        Args:
+            x: (B,C,H,W) uint8, or float in [0,1], with (H,W) in `sizes`
+
+        Returns:
+            float, in the precision of the network
+        """
         whole = x.ndim == 4 and x.shape[1] == self.channels
         if not (whole and tuple(x.shape[2:]) in {height_width(n) for n in self.sizes}):
             sizes = sorted(map(height_width, self.sizes), reverse=True)
@@ -219,7 +284,11 @@ class Encoder(nn.Module):
         self,
         size: int | tuple,  # of images, pixels: a side, or (height, width)
     ):
-        "A copy for images of another size: what depends on the size is made to fit."
+        """A copy for images of another size: what depends on the size is made to fit.
+
+        Args:
+            size: of images, pixels: a side, or (height, width)
+        """
         size, new = image_size(size, 'size'), copy.deepcopy(self)
         new.accept(size)
         new.size, new.sizes = size, {size}
@@ -231,7 +300,11 @@ class Encoder(nn.Module):
         channels: int,  # bands of the images to come, C
     ):
         """A copy for images of other bands: its first layer is `inflated`; the statistics of each
-        band are the mean of those that there were, until `set_stats`."""
+        band are the mean of those that there were, until `set_stats`.
+
+        Args:
+            channels: bands of the images to come, C
+        """
         require_int(channels, 'channels', least=1)
         new = copy.deepcopy(self)
         if channels != self.channels:
@@ -245,7 +318,14 @@ class Encoder(nn.Module):
         x: Tensor,  # (B,3,H,W) uint8, or float in [0,1]
     ) -> list:  # of maps (B,C,h,w), finest first
         """Feature maps of several stages, for a decoder; here one, of the patches. `ValueError` for
-        a network without any."""
+        a network without any.
+
+        Args:
+            x: (B,3,H,W) uint8, or float in [0,1]
+
+        Returns:
+            of maps (B,C,h,w), finest first
+        """
         f = self(x)
         return [f.patches.transpose(1, 2).unflatten(2, f.grid)]
 
@@ -263,7 +343,11 @@ class Encoder(nn.Module):
         self,
         seed: int = 0,  # of the weights
     ):
-        "The same architecture and statistics with random weights: the baseline of every number."
+        """The same architecture and statistics with random weights: the baseline of every number.
+
+        Args:
+            seed: of the weights
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             new = self.rebuilt()
@@ -273,7 +357,11 @@ class Encoder(nn.Module):
         self,
         **changes,  # entries of the spec that are others, such as size=64
     ):
-        "A new encoder of this spec, with random weights and without statistics."
+        """A new encoder of this spec, with random weights and without statistics.
+
+        Args:
+            **changes: entries of the spec that are others, such as size=64
+        """
         told = {**self.spec, **changes}
         return encoder_kinds[told.pop('kind')](**told)
 
@@ -290,7 +378,11 @@ class Encoder(nn.Module):
 def spec_of(
     encoder: nn.Module,  # any module with `.size`
 ) -> dict:
-    "The spec of an encoder. A module without one is a network of its owner's, see `wrap`."
+    """The spec of an encoder. A module without one is a network of its owner's, see `wrap`.
+
+    Args:
+        encoder: any module with `.size`
+    """
     own = dict(kind='own', name=type(encoder).__name__, size=getattr(encoder, 'size', None))
     return getattr(encoder, 'spec', own)
 
@@ -299,7 +391,12 @@ def require_encoder(
     encoder,  # what was given to a method
     patches: bool = False,  # whether its patches are needed too
 ):
-    "`ValueError` that says what is missing, unless a method can train this."
+    """`ValueError` that says what is missing, unless a method can train this.
+
+    Args:
+        encoder: what was given to a method
+        patches: whether its patches are needed too
+    """
     needed = ('size', 'dim', 'grid', 'drops_patches')
     what = 'an encoder: vit(...), resnet(...) or open_encoder(...)'
     lacks = [f'.{name}' for name in needed if not hasattr(encoder, name)]
@@ -325,7 +422,13 @@ def register_encoder(
     build,  # function (**the other entries of the spec) -> encoder
     **fields,  # each entry that a spec may have: its check, a function (value, name)
 ):
-    "Make a kind of encoder known, and all that a spec of it may say."
+    """Make a kind of encoder known, and all that a spec of it may say.
+
+    Args:
+        kind: how specs call it
+        build: function (**the other entries of the spec) -> encoder
+        **fields: each entry that a spec may have: its check, a function (value, name)
+    """
     encoder_kinds[kind], spec_fields[kind] = build, fields
 
 
@@ -341,7 +444,14 @@ def _require_plain(value, name):
 def check_spec(
     spec: dict,  # kind and arguments, perhaps from a file
 ) -> dict:  # the same
-    "`ValueError` unless a spec holds what its kind may be told, each of its type and range."
+    """`ValueError` unless a spec holds what its kind may be told, each of its type and range.
+
+    Args:
+        spec: kind and arguments, perhaps from a file
+
+    Returns:
+        the same
+    """
     require(isinstance(spec, dict), 'spec', 'a dict with the kind of encoder', spec)
     kind = spec.get('kind')
     require_choice(kind, 'kind', encoder_kinds)
@@ -385,7 +495,12 @@ def build_encoder(
     spec: dict,  # the `spec` of an encoder: kind and arguments
     most: int | None = None,  # numbers that it may be made of; None: any
 ) -> Encoder:
-    "A new encoder, randomly initialised, from its `spec`. `ValueError` for what no spec may say."
+    """A new encoder, randomly initialised, from its `spec`. `ValueError` for what no spec may say.
+
+    Args:
+        spec: the `spec` of an encoder: kind and arguments
+        most: numbers that it may be made of; None: any
+    """
     told = dict(check_spec(spec))
     build = encoder_kinds[told.pop('kind')]
     if most is None:

@@ -85,7 +85,15 @@ def _require_network(library, name):
 def library_name(
     name: str,  # 'timm/NAME', 'torchvision/NAME', or a NAME that one of them alone has
 ) -> tuple:  # (library, name)
-    "Which library is meant. `ValueError` for a name that none has (with close ones), or both have."
+    """Which library is meant. `ValueError` for a name that none has (with close ones), or both
+    have.
+
+    Args:
+        name: 'timm/NAME', 'torchvision/NAME', or a NAME that one of them alone has
+
+    Returns:
+        (library, name)
+    """
     libraries = ('torchvision', 'timm')
     library, slash, rest = name.partition('/')
     if slash:
@@ -111,7 +119,15 @@ def published_name(
     library: str,  # 'timm' or 'torchvision'
     name: str,  # of a network, with or without its weights
 ) -> str:  # such as 'resnet50.a1_in1k'
-    "The full name of the weights that are published. `ValueError` for a network without any."
+    """The full name of the weights that are published. `ValueError` for a network without any.
+
+    Args:
+        library: 'timm' or 'torchvision'
+        name: of a network, with or without its weights
+
+    Returns:
+        such as 'resnet50.a1_in1k'
+    """
     _require_network(library, name)
     base, dot, tag = name.partition('.')
     if dot:
@@ -174,7 +190,19 @@ def from_timm(
     channels: int = 3,  # bands of the images; of published weights the first layer is `inflated`
     **args,  # of timm's `create_model`: num_heads=12, img_size=..., drop_path_rate=...
 ) -> ExternalEncoder:  # in eval mode
-    "A timm network without classifier. `ValueError` for what timm does not know or cannot build."
+    """A timm network without classifier. `ValueError` for what timm does not know or cannot build.
+
+    Args:
+        name: with or without a tag: 'vit_small_patch16_224', 'resnet50.a1_in1k'
+        size: a side, or (height, width), pixels; None: the published one
+        resize: short side before the cut; None: the published one, in proportion
+        pretrained: the published weights, or random ones
+        channels: bands of the images; of published weights the first layer is `inflated`
+        **args: of timm's `create_model`: num_heads=12, img_size=..., drop_path_rate=...
+
+    Returns:
+        in eval mode
+    """
     _require_network('timm', name)
     size = _checked_size(size, resize)
     require_int(channels, 'channels', least=1)
@@ -245,7 +273,19 @@ def from_torchvision(
     channels: int = 3,  # bands of the images; of published weights the first layer is `inflated`
     **args,  # of torchvision's builder
 ) -> ExternalEncoder:  # in eval mode
-    "A torchvision network without classifier. `ValueError` for what it does not know or build."
+    """A torchvision network without classifier. `ValueError` for what it does not know or build.
+
+    Args:
+        name: with or without its weights: 'resnet50', 'resnet50.IMAGENET1K_V1'
+        size: a side, or (height, width), pixels; None: the published one
+        resize: short side before the cut; None: the published one, in proportion
+        pretrained: the published weights (the default ones unless named), or random
+        channels: bands of the images; of published weights the first layer is `inflated`
+        **args: of torchvision's builder
+
+    Returns:
+        in eval mode
+    """
     from torchvision.models import get_model, get_model_weights
 
     _require_network('torchvision', name)

@@ -22,12 +22,27 @@ def cosine_momentum(
     start: float = 0.99,  # momentum m at the start
     end: float = 1.0,  # momentum at the end
 ) -> float:  # momentum m now
-    "EMA momentum, from `start` to `end` on a half cosine (BYOL; MoCo v3; SCE on ImageNet)."
+    """EMA momentum, from `start` to `end` on a half cosine (BYOL; MoCo v3; SCE on ImageNet).
+
+    Args:
+        progress: part of training that is done, 0 to 1
+        start: momentum m at the start
+        end: momentum at the end
+
+    Returns:
+        momentum m now
+    """
     return end - (end - start) * (1 + math.cos(math.pi * progress)) / 2
 
 # %% ../../nbs/models/03_momentum.ipynb #eb0ab2d7
 class SplitBatchNorm(nn.BatchNorm2d):
-    "Batch-norm in groups of the batch (MoCo's CIFAR-10 notebook). In eval mode: plain batch-norm."
+    """Batch-norm in groups of the batch (MoCo's CIFAR-10 notebook). In eval mode: plain batch-norm.
+
+    Args:
+        num_features: channels
+        bn_splits: number of groups S
+        **kwargs: of `BatchNorm2d`
+    """
 
     def __init__(
         self,
@@ -61,7 +76,15 @@ def split_batch_norm(
     bn_splits: int = 8,  # number of groups S; 1: plain batch-norm
 ) -> nn.Module:  # the same module
     """Make every batch-norm of maps, of images or clips, a `SplitBatchNorm`; that of heads (1-D)
-    stays."""
+    stays.
+
+    Args:
+        module: changed in place
+        bn_splits: number of groups S; 1: plain batch-norm
+
+    Returns:
+        the same module
+    """
     require_int(bn_splits, 'bn_splits', least=1)
     for m in module.modules():
         for name, bn in m.named_children():
@@ -76,7 +99,16 @@ def split_batch_norm(
 
 # %% ../../nbs/models/03_momentum.ipynb #b0424f40
 class EMA(nn.Module):
-    "A copy of the online tower that follows it slowly and gets no gradient."
+    """A copy of the online tower that follows it slowly and gets no gradient.
+
+    Args:
+        online: the tower to follow
+        start: momentum at the start of training
+        end: momentum at the end; equal to `start`: constant
+        ema_update: the keys (MoCo), or 'after' the optimiser's step (SCE)
+        bn_splits: groups of its batch-norm, in the encoder; 1: plain
+        shuffle: whether keys come in random order; None: if `bn_splits` > 1
+    """
 
     def __init__(
         self,
@@ -113,7 +145,12 @@ class EMA(nn.Module):
         online: nn.Module,  # the tower to follow
         progress: float = 0.0,  # part of training that is done, 0 to 1
     ):
-        "One step of the average, all parameters in one fused call."
+        """One step of the average, all parameters in one fused call.
+
+        Args:
+            online: the tower to follow
+            progress: part of training that is done, 0 to 1
+        """
         m = cosine_momentum(progress, self.start, self.end)
         torch._foreach_lerp_(list(self.net.parameters()), list(online.parameters()), 1 - m)
 
@@ -134,7 +171,15 @@ def ema(
     bn_splits: int = 1,  # groups of its batch-norm, in the encoder; 1: plain
     shuffle: bool | None = None,  # whether keys come in random order; None: if `bn_splits` > 1
 ):  # called with a tower it builds the copy
-    "The key encoder slot of a method: `ema(.999)` is MoCo v2's, `ema(.99, 1.)` MoCo v3's."
+    """The key encoder slot of a method: `ema(.999)` is MoCo v2's, `ema(.99, 1.)` MoCo v3's.
+
+    Args:
+        start: momentum at the start of training
+        end: at the end, reached on a half cosine; None: constant
+        ema_update: the keys (MoCo), or 'after' the optimiser's step (SCE)
+        bn_splits: groups of its batch-norm, in the encoder; 1: plain
+        shuffle: whether keys come in random order; None: if `bn_splits` > 1
+    """
 
     def build(tower):
         return EMA(tower, start, start if end is None else end, ema_update, bn_splits, shuffle)
@@ -144,7 +189,14 @@ def ema(
 
 # %% ../../nbs/models/03_momentum.ipynb #e27c9105
 class Queue(nn.Module):
-    "The last `size` keys, as negatives. The queue slot of a method, which gives it its width."
+    """The last `size` keys, as negatives. The queue slot of a method, which gives it its width.
+
+    Args:
+        size: number of keys K; None: chosen by `set_data_size`
+        dim: width d; None: set by the method through `build`
+        seed: of the random keys it starts with
+        max_size: the largest size that `set_data_size` chooses
+    """
 
     def __init__(
         self,
@@ -169,7 +221,11 @@ class Queue(nn.Module):
         self,
         dim: int,  # width d
     ):
-        "Fill the queue with random unit vectors; the queue itself."
+        """Fill the queue with random unit vectors; the queue itself.
+
+        Args:
+            dim: width d
+        """
         keys = torch.randn(self.size, dim, generator=torch.Generator().manual_seed(self.seed))
         self.register_buffer('keys', F.normalize(keys, dim=1))
         return self
@@ -179,7 +235,12 @@ class Queue(nn.Module):
         num_images: int,  # in the data set
         num_keys: int,  # that enter in one step
     ):
-        "Choose the size where none was given. `ValueError` if the keys of one step do not fit."
+        """Choose the size where none was given. `ValueError` if the keys of one step do not fit.
+
+        Args:
+            num_images: in the data set
+            num_keys: that enter in one step
+        """
         size = self.size
         if self.auto:
             sixth = 2 ** int(math.log2(max(num_images / 6, 1)))
@@ -201,7 +262,11 @@ class Queue(nn.Module):
         self,
         num_keys: int,  # that enter in one step
     ):
-        "`ValueError` if so many keys do not fit."
+        """`ValueError` if so many keys do not fit.
+
+        Args:
+            num_keys: that enter in one step
+        """
         advice = ', as many keys as enter in one step: take a longer queue or a smaller batch'
         require(num_keys <= self.size, 'queue size', f'at least {num_keys}{advice}', self.size)
 
@@ -210,7 +275,11 @@ class Queue(nn.Module):
         self,
         keys: Tensor,  # (n,d) unit rows, n at most `size`
     ):
-        "Overwrite the oldest keys. `ValueError` for more keys than fit."
+        """Overwrite the oldest keys. `ValueError` for more keys than fit.
+
+        Args:
+            keys: (n,d) unit rows, n at most `size`
+        """
         self.check(len(keys))
         keys = keys.to(self.keys.dtype)
         first = min(len(keys), self.size - self.next)
@@ -226,7 +295,11 @@ class Queue(nn.Module):
 
 # %% ../../nbs/models/03_momentum.ipynb #f61ae7f5
 def dist_info() -> tuple:  # (rank of this process, number of processes)
-    "(0, 1) without a process group."
+    """(0, 1) without a process group.
+
+    Returns:
+        (rank of this process, number of processes)
+    """
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -236,7 +309,14 @@ def dist_info() -> tuple:  # (rank of this process, number of processes)
 def all_gather_keys(
     x: Tensor,  # (n,d), the same n on every process
 ) -> Tensor:  # (processes x n, d), rows in rank order
-    "The rows of all processes; no gradient."
+    """The rows of all processes; no gradient.
+
+    Args:
+        x: (n,d), the same n on every process
+
+    Returns:
+        (processes x n, d), rows in rank order
+    """
     n = dist_info()[1]
     if n == 1:
         return x

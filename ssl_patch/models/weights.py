@@ -26,7 +26,15 @@ def flatten_state(
     state: dict,  # dictionaries of dictionaries of tensors
     at: str = '',  # prefix so far
 ) -> dict:  # long name -> tensor
-    "All tensors of nested dictionaries, names joined by dots; what is no tensor is left out."
+    """All tensors of nested dictionaries, names joined by dots; what is no tensor is left out.
+
+    Args:
+        state: dictionaries of dictionaries of tensors
+        at: prefix so far
+
+    Returns:
+        long name -> tensor
+    """
     require(isinstance(state, dict), 'state', 'a dictionary of tensors', state)
     flat = {}
     for k, v in state.items():
@@ -76,7 +84,14 @@ _tower_words = dict(
 def tower_of(
     prefix: str,  # 'module.encoder_q.'
 ) -> str:  # 'online', 'momentum', or '' where the words do not tell
-    "The tower that a prefix speaks of: its words between dots and underscores."
+    """The tower that a prefix speaks of: its words between dots and underscores.
+
+    Args:
+        prefix: 'module.encoder_q.'
+
+    Returns:
+        'online', 'momentum', or '' where the words do not tell
+    """
     words = set(re.split(r'[._]', prefix.lower()))
     told = [t for t, known in _tower_words.items() if words & known]
     if not told and 'tower' in words:  # the plain name of a method's own
@@ -104,7 +119,14 @@ def _choose(fits, tower):
 # %% ../../nbs/models/04_weights.ipynb #5fbb5095
 @dataclass
 class Found:
-    "The weights of one network in a file."
+    """The weights of one network in a file.
+
+    Args:
+        weights: name in the network -> tensor
+        prefix: what stood before those names
+        tower: 'online', 'momentum', or '' where the prefix does not tell
+        resampled: names of position embeddings that were made to fit another image size
+    """
 
     weights: dict  # name in the network -> tensor
     prefix: str  # what stood before those names
@@ -195,7 +217,15 @@ def find_weights(
     head: tuple = (),  # names of the classifier that `net` no longer has
     convert=None,  # function (tensors by name) -> the same in the library's present names and sizes
 ) -> Found:
-    "All tensors of a network, whatever their prefix. `ValueError`: what is missing, or two fit."
+    """All tensors of a network, whatever their prefix. `ValueError`: what is missing, or two fit.
+
+    Args:
+        state: what a checkpoint holds, nested or not
+        net: to be filled, without its classifier
+        tower: or 'momentum', where the file has two; or the prefix itself
+        head: names of the classifier that `net` no longer has
+        convert: function (tensors by name) -> the same in the library's present names and sizes
+    """
     flat, want = flatten_state(state), net.state_dict()
     prefixes, numbered = _prefixes(flat, want), _numbered(flat, want)
     if not prefixes and not numbered:
@@ -228,7 +258,15 @@ def from_timm_state(
     state: dict,  # of a ViT, by its names in timm: of MoCo v3, DINO, DeiT, ...
     net: nn.Module,  # timm's `VisionTransformer` that has no position of the class token
 ) -> dict:  # the same for `net`
-    "The position of the class token is added to it; another grid has its positions resampled."
+    """The position of the class token is added to it; another grid has its positions resampled.
+
+    Args:
+        state: of a ViT, by its names in timm: of MoCo v3, DINO, DeiT, ...
+        net: timm's `VisionTransformer` that has no position of the class token
+
+    Returns:
+        the same for `net`
+    """
     from timm.layers import resample_abs_pos_embed
 
     where = state['pos_embed']
@@ -243,7 +281,14 @@ def to_timm_state(
     encoder: nn.Module,  # a `vit(...)`
 ) -> dict:  # name -> tensor
     """The weights of a ViT of ours as timm's `VisionTransformer` of that shape takes them (without
-    classifier; norms with the same epsilon; images normalised with `encoder.mean` and `.std`)."""
+    classifier; norms with the same epsilon; images normalised with `encoder.mean` and `.std`).
+
+    Args:
+        encoder: a `vit(...)`
+
+    Returns:
+        name -> tensor
+    """
     ours = getattr(encoder, 'spec', {}).get('kind') == 'vit'
     require(ours, 'encoder', 'a vision transformer of this library, vit(...)', type(encoder))
     state = {n: v.detach().clone() for n, v in encoder.net.state_dict().items()}
@@ -257,7 +302,14 @@ def resampled_positions(
     old: tuple,  # (rows, columns) of the state
     new: tuple,  # (rows, columns) of `net`
 ) -> dict:
-    "The same state with its position embeddings resampled (bicubic), whatever its grids are."
+    """The same state with its position embeddings resampled (bicubic), whatever its grids are.
+
+    Args:
+        state: of a network of tokens, by its names
+        net: the same for another grid
+        old: (rows, columns) of the state
+        new: (rows, columns) of `net`
+    """
     from timm.layers import resample_abs_pos_embed
 
     want, changed = net.state_dict(), {}
@@ -272,7 +324,12 @@ def doubt_heads(
     encoder: nn.Module,  # a network that was filled
     prefix: str,  # of its weights in the file
 ):
-    "Warn where a ViT-Small of MoCo v3, which has 12 heads, seems to be read with 6."
+    """Warn where a ViT-Small of MoCo v3, which has 12 heads, seems to be read with 6.
+
+    Args:
+        encoder: a network that was filled
+        prefix: of its weights in the file
+    """
     attentions = (m for m in encoder.modules() if hasattr(m, 'num_heads') and hasattr(m, 'qkv'))
     attention = next(attentions, None)
     if attention is None or not re.search(r'(base|momentum)_encoder\.$', prefix):
@@ -291,7 +348,11 @@ weight_suffixes = ('.pt', '.pth', '.tar', '.ckpt', '.safetensors', '.bin')  # of
 def first_line(
     error: Exception,  # whatever a library has raised
 ) -> str:
-    "The kind of an error and the first line of what it says."
+    """The kind of an error and the first line of what it says.
+
+    Args:
+        error: whatever a library has raised
+    """
     return f'{type(error).__name__}: {error}'.strip().split('\n')[0][:200]
 
 
@@ -299,7 +360,15 @@ def digest(
     tensors: dict,  # name -> tensor, contiguous, on the CPU
     said: dict,  # name -> text
 ) -> str:  # SHA-256, in hexadecimal
-    "A number that changes with every bit of tensors and texts: safetensors has no check sum."
+    """A number that changes with every bit of tensors and texts: safetensors has no check sum.
+
+    Args:
+        tensors: name -> tensor, contiguous, on the CPU
+        said: name -> text
+
+    Returns:
+        SHA-256, in hexadecimal
+    """
     h = hashlib.sha256()
     for name in sorted(said):
         h.update(f'{name} {said[name]}\n'.encode())
@@ -324,7 +393,14 @@ def _warn_of_damage(path):
 def read_weights(
     path,  # .safetensors, or what torch.save wrote: .pt, .pth, .pth.tar, .ckpt, .bin
 ) -> dict:  # nested, as it was saved; tensors on the CPU
-    "What a checkpoint holds, and nothing in it is run. `ValueError` for more than plain data."
+    """What a checkpoint holds, and nothing in it is run. `ValueError` for more than plain data.
+
+    Args:
+        path: .safetensors, or what torch.save wrote: .pt, .pth, .pth.tar, .ckpt, .bin
+
+    Returns:
+        nested, as it was saved; tensors on the CPU
+    """
     from argparse import Namespace
 
     path = Path(path).expanduser()

@@ -53,6 +53,15 @@ def paired_bootstrap(
     """Bootstrap over seeds and test images, where there are several (Owen 2007).
 
     Both percentiles are NaN where there is one number alone. ValueError if a and b do not fit.
+
+    Args:
+        a: seed -> (M,) what each test image got, or one number where that is not known
+        b: the same of another method, on the same images
+        draws: bootstrap samples
+        seed: of these draws
+
+    Returns:
+        mean of a - b, and the 2.5 and 97.5 percentiles
     """
     require_int(draws, 'draws', 1)
     d = _paired(a, b)
@@ -77,7 +86,11 @@ class Difference(NamedTuple):
     over: str  # what was drawn: 'seeds and test images', ...
 
     def words(self) -> str:  # for a cell of a table
-        "The mean, its interval, and the seeds in which it is above 0."
+        """The mean, its interval, and the seeds in which it is above 0.
+
+        Returns:
+            for a cell of a table
+        """
         n, above = len(self.gaps), sum(x > 0 for x in self.gaps.values())
         interval = f'{self.low:+.1f} to {self.high:+.1f}; ' if self.over else ''
         seeds = f'above in {above} of {n}' if n > 1 else 'one seed'
@@ -98,7 +111,17 @@ def difference(
     draws: int = 2000,  # of the bootstrap
     seed: int = 0,  # of these draws
 ) -> Difference | None:  # None if they share no seed
-    "How far `a` is above `b`: over seeds, and over test images where all records keep these."
+    """How far `a` is above `b`: over seeds, and over test images where all records keep these.
+
+    Args:
+        a: seed -> records of that run, measured alike
+        b: the same of another method
+        draws: of the bootstrap
+        seed: of these draws
+
+    Returns:
+        None if they share no seed
+    """
     seeds = sorted(a.keys() & b.keys())
     if not seeds:
         return None
@@ -118,7 +141,11 @@ _HOLDS = {2: 61, 3: 81, 4: 84}
 def few_seeds(
     found,  # each a `Difference`
 ):  # -> lines of text
-    "What is known of intervals from so few seeds; nothing where there are five or more."
+    """What is known of intervals from so few seeds; nothing where there are five or more.
+
+    Args:
+        found: each a `Difference`
+    """
     n = {len(d.gaps) for d in found if d.over}
     known = sorted(n & _HOLDS.keys())
     few = ', '.join(f'{_HOLDS[k]} % of experiments with {k} seeds' for k in known)
@@ -132,7 +159,11 @@ def few_seeds(
 def drawn_over(
     found,  # (row, row it is compared with, column, `Difference`)
 ):  # -> lines of text
-    "What the intervals are drawn over, for the columns that they stand in."
+    """What the intervals are drawn over, for the columns that they stand in.
+
+    Args:
+        found: (row, row it is compared with, column, `Difference`)
+    """
     drawn = dict.fromkeys(d.over for *_, d in found if d.over)
     for over in drawn:
         where = {}

@@ -33,7 +33,14 @@ def _with_settings(record, more):
 def mark_columns(
     records,  # any
 ) -> list:  # of as many records
-    "The records, with what sets apart those that look alike among their settings."
+    """The records, with what sets apart those that look alike among their settings.
+
+    Args:
+        records: any
+
+    Returns:
+        of as many records
+    """
     out = list(records)
     for same in _alike(records):
         values = lambda n: {round(getattr(records[i], n), 4) for i in same}
@@ -74,7 +81,14 @@ def _with_facts(runs, name, group):
 def names_apart(
     runs,  # any
 ) -> dict:  # run number -> the name of its row
-    "Names that keep apart what must not be averaged. ValueError where a run is given twice."
+    """Names that keep apart what must not be averaged. ValueError where a run is given twice.
+
+    Args:
+        runs: any
+
+    Returns:
+        run number -> the name of its row
+    """
     alike, out, seen = {}, {}, {}
     for i, r in enumerate(runs):
         alike.setdefault(r.name, []).append(i)
@@ -120,7 +134,15 @@ def entries_of(
     runs,  # any
     protocols=None,  # in the order of their columns; None: all
 ) -> tuple:  # a list of `Entry`, and the records with marks, for `footnotes`
-    "All records of some protocols with row and column."
+    """All records of some protocols with row and column.
+
+    Args:
+        runs: any
+        protocols: in the order of their columns; None: all
+
+    Returns:
+        a list of `Entry`, and the records with marks, for `footnotes`
+    """
     names = names_apart(runs)
     wanted = lambda x: protocols is None or x.protocol in protocols
     seed = lambda r, x: r.seed if _own_seed(r) else x.seed
@@ -149,7 +171,14 @@ def _parts(note):
 def common_notes(
     entries,  # each an `Entry`
 ) -> dict:  # data -> parts of notes
-    "What the notes of all records of some data say."
+    """What the notes of all records of some data say.
+
+    Args:
+        entries: each an `Entry`
+
+    Returns:
+        data -> parts of notes
+    """
     found = {}
     for e in entries:
         said = _parts(e.record.note)
@@ -199,7 +228,15 @@ def notes_of(
     entries,  # each an `Entry`
     marked,  # their records, as `entries_of` gives them
 ) -> tuple:  # (what was measured, what belongs to some rows only): lines of text
-    "What must be read beside the numbers."
+    """What must be read beside the numbers.
+
+    Args:
+        entries: each an `Entry`
+        marked: their records, as `entries_of` gives them
+
+    Returns:
+        (what was measured, what belongs to some rows only): lines of text
+    """
     if not marked:
         return [], []
     common, (key, heads) = common_notes(entries), split_columns(marked)

@@ -113,7 +113,14 @@ class Comparison:
         row: str,  # a method
         column: str,
     ) -> dict:  # seed -> fraction
-        "What a method reached; of a run that was probed with several seeds, their mean."
+        """What a method reached; of a run that was probed with several seeds, their mean.
+
+        Args:
+            row: a method
+
+        Returns:
+            seed -> fraction
+        """
         found = self._found.get((row, column), {})
         return {s: mean(x.value for x in xs) for s, xs in sorted(found.items())}
 
@@ -123,7 +130,15 @@ class Comparison:
         b: str,  # another
         column: str,
     ) -> dict:  # seed -> points by which `a` is above `b`
-        "Paired differences, in percentage points, for seeds that have both."
+        """Paired differences, in percentage points, for seeds that have both.
+
+        Args:
+            a: a method
+            b: another
+
+        Returns:
+            seed -> points by which `a` is above `b`
+        """
         u, v = self.values(a, column), self.values(b, column)
         return {s: 100 * (u[s] - v[s]) for s in u if s in v}
 
@@ -133,7 +148,12 @@ class Comparison:
         b: str,  # another
         column: str,
     ):  # -> `Difference`, or None if they share no seed
-        "How far `a` is above `b`, with its interval."
+        """How far `a` is above `b`, with its interval.
+
+        Args:
+            a: a method
+            b: another
+        """
         at = a, b, column
         if at not in self._differences:
             u, v = (self._found.get((n, column), {}) for n in (a, b))
@@ -165,7 +185,11 @@ class Comparison:
         self,
         pairs,  # (method, method it is compared with)
     ) -> Table:
-        "Mean differences in points, 95 % intervals, and the seeds in which the first is above."
+        """Mean differences in points, 95 % intervals, and the seeds in which the first is above.
+
+        Args:
+            pairs: (method, method it is compared with)
+        """
         pairs, rows, apart, found = list(pairs), [], [], []
         odd = sorted({n for p in pairs for n in p} - set(self.rows))
         require(not odd, 'pairs', f'pairs of {", ".join(self.rows)}', ', '.join(odd))
@@ -198,7 +222,12 @@ class Comparison:
         colors: dict | None = None,  # row -> colour; others are grey. None: each has one
         wide: int = 3,  # columns side by side
     ):  # -> matplotlib figure
-        "Dots per seed and their means; below, the differences to the baseline with intervals."
+        """Dots per seed and their means; below, the differences to the baseline with intervals.
+
+        Args:
+            colors: row -> colour; others are grey. None: each has one
+            wide: columns side by side
+        """
         import matplotlib.pyplot as plt
 
         if colors is None:
@@ -250,7 +279,11 @@ class Comparison:
         self,
         folder,  # made if it does not exist
     ) -> Path:
-        "Write comparison.md, comparison.csv and comparison.png."
+        """Write comparison.md, comparison.csv and comparison.png.
+
+        Args:
+            folder: made if it does not exist
+        """
         folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / 'comparison.md').write_text(f'{self}\n', encoding='utf-8')
@@ -315,7 +348,15 @@ def compare(
     draws: int = 2000,  # of the bootstrap
     seed: int = 0,  # of the bootstrap
 ) -> Comparison:
-    "Compare runs. ValueError for one without records, and for a protocol or baseline not there."
+    """Compare runs. ValueError for one without records, and for a protocol or baseline not there.
+
+    Args:
+        runs: as `load_runs` takes them, or what it gave
+        baseline: the row that others are compared with; None: the first
+        protocols: a protocol, or several in the order of their columns; None: all
+        draws: of the bootstrap
+        seed: of the bootstrap
+    """
     require_int(draws, 'draws', 1)
     require_int(seed, 'seed')
     given = _measured(runs)
@@ -326,7 +367,15 @@ def scores(
     runs,  # as `load_runs` gives them
     protocol: str,  # 'kNN', 'linear', ...
 ) -> dict:  # name -> seed -> fraction, baselines first
-    "What a protocol measured. ValueError if that was in several ways that must not be mixed."
+    """What a protocol measured. ValueError if that was in several ways that must not be mixed.
+
+    Args:
+        runs: as `load_runs` gives them
+        protocol: 'kNN', 'linear', ...
+
+    Returns:
+        name -> seed -> fraction, baselines first
+    """
     if not any(x.protocol == protocol for r in runs for x in r.records):
         return {}
     c = compare(runs, protocols=[protocol])
@@ -340,7 +389,12 @@ def seed_noise(
     runs,  # at least one that was measured
     protocol: str,  # 'kNN', 'linear', ...
 ) -> str:
-    "How likely a coin gives equal signs, and the standard error that the test set alone brings."
+    """How likely a coin gives equal signs, and the standard error that the test set alone brings.
+
+    Args:
+        runs: at least one that was measured
+        protocol: 'kNN', 'linear', ...
+    """
     n = len({r.seed for r in runs})
     x = [x for r in runs for x in r.records if x.protocol == protocol]
     require(x, 'protocol', 'one that a run was measured by', protocol)

@@ -18,7 +18,17 @@ def metric_curve(
     key: str,  # a column of `metrics.csv`
     f=float,  # of the value, before the mean
 ) -> tuple:  # epochs, means over seeds; both empty where it was not measured
-    "One column of a method, at the epochs that all its seeds have."
+    """One column of a method, at the epochs that all its seeds have.
+
+    Args:
+        runs: any
+        name: a method
+        key: a column of `metrics.csv`
+        f: of the value, before the mean
+
+    Returns:
+        epochs, means over seeds; both empty where it was not measured
+    """
     mine = [r for r in runs if r.name == name]
     rows = [{int(h['epoch']): f(h[key]) for h in r.history if key in h} for r in mine]
     epochs = sorted(set.intersection(*map(set, rows))) if rows else []
@@ -31,7 +41,14 @@ def plot_metric_curves(
     colors: dict,  # name -> matplotlib colour; others are grey
     columns: int = 3,  # panels side by side
 ):  # -> matplotlib axes, one per panel
-    "Small multiples of what was measured along training, mean over seeds."
+    """Small multiples of what was measured along training, mean over seeds.
+
+    Args:
+        runs: at least one
+        panels: (column of metrics.csv, title) or (column, title, function of the value)
+        colors: name -> matplotlib colour; others are grey
+        columns: panels side by side
+    """
     import matplotlib.pyplot as plt
 
     rows, names = math.ceil(len(panels) / columns), method_names(runs)
@@ -63,7 +80,14 @@ def plot_sweep(
     label: str,  # of the axis of these numbers
     protocols=('kNN', 'linear'),  # a panel each
 ):  # -> matplotlib axes, one per protocol
-    "What was reached against a number: a line per seed, and their mean in black."
+    """What was reached against a number: a line per seed, and their mean in black.
+
+    Args:
+        runs: any; those not in `values` are left out
+        values: name -> number
+        label: of the axis of these numbers
+        protocols: a panel each
+    """
     import matplotlib.pyplot as plt
 
     wide = 0.5 + 3.5 * len(protocols)

@@ -197,7 +197,12 @@ def experiment_log(
     folders,  # as `load_runs` takes them, or what it gave; or title -> such, for a table each
     commands: bool = True,  # with the list of commands, folded
 ) -> Table:
-    "Every experiment with its result, cost and command. ValueError if there is none."
+    """Every experiment with its result, cost and command. ValueError if there is none.
+
+    Args:
+        folders: as `load_runs` takes them, or what it gave; or title -> such, for a table each
+        commands: with the list of commands, folded
+    """
     groups, lines, listed = folders if isinstance(folders, dict) else {'': folders}, [], []
     require(groups, 'folders', 'at least one', folders)
     for title, given in groups.items():

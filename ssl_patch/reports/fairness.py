@@ -19,7 +19,13 @@ def md_table(
     rows,  # lists of cells
     links: bool = False,  # cells are Markdown of one's own, with links; else names and numbers
 ) -> Table:
-    "A table in Markdown, shown as such; a name stays in its cell, whatever it holds."
+    """A table in Markdown, shown as such; a name stays in its cell, whatever it holds.
+
+    Args:
+        head: column headings
+        rows: lists of cells
+        links: cells are Markdown of one's own, with links; else names and numbers
+    """
     written = str if links else markdown
     line = lambda cells: '| ' + ' | '.join(map(written, cells)) + ' |'
     return Table('\n'.join([line(head), line(['---'] * len(head)), *map(line, rows)]))
@@ -28,7 +34,11 @@ def md_table(
 def updates(
     run: Run,  # any
 ) -> int:
-    "Optimiser steps: batches times the sets of patches drawn of each; 0 if no epoch was recorded."
+    """Optimiser steps: batches times the sets of patches drawn of each; 0 if no epoch was recorded.
+
+    Args:
+        run: any
+    """
     if not run.history or 'batches' not in run.history[-1]:
         return 0
     sampler = run.config.get('slots', {}).get('patch_sampler', '')
@@ -53,7 +63,14 @@ def _network(e):
 def run_facts(
     run: Run,  # any
 ) -> dict:  # what -> value, in words
-    "What has to be the same in all runs of a comparison."
+    """What has to be the same in all runs of a comparison.
+
+    Args:
+        run: any
+
+    Returns:
+        what -> value, in words
+    """
     at = lambda *path: _at(run.config, *path)
     augmentations = run.config.get('augmentations') or [{}]
     network = next((x.architecture for x in run.records if x.architecture), 'not recorded')
@@ -105,7 +122,12 @@ def check_equal_budget(
     runs,  # at least one
     differ=(),  # facts that may differ between methods
 ) -> Table:
-    "What all runs share, and what they took. ValueError if they differ, or if one stopped early."
+    """What all runs share, and what they took. ValueError if they differ, or if one stopped early.
+
+    Args:
+        runs: at least one
+        differ: facts that may differ between methods
+    """
     require(runs, 'runs', 'at least one run', runs)
     for r in runs:
         _check_finished(r)
@@ -131,7 +153,12 @@ def method_table(
     runs,  # the first run of each method is described
     slots=SLOTS,  # columns; one that no run has is left out
 ) -> Table:
-    "What fills the slots of each method."
+    """What fills the slots of each method.
+
+    Args:
+        runs: the first run of each method is described
+        slots: columns; one that no run has is left out
+    """
     first = {r.name: r.config.get('slots', {}) for r in reversed(runs)}
     slots = [s for s in slots if any(s in f for f in first.values())]
     rows = [[n, *(first[n].get(s, '–') for s in slots)] for n in method_names(runs)]

@@ -21,7 +21,16 @@ from ..evaluation.records import Record, load_records, translate_record
 # %% ../../nbs/reports/01_runs.ipynb #666526a6
 @dataclass(repr=False)
 class Run:
-    "What the folder of one run records."
+    """What the folder of one run records.
+
+    Args:
+        name: of the method
+        seed: of weights, order and views
+        config: as `config.json` has it, in today's names
+        history: one dict per epoch, column -> number; what was not measured is absent
+        records: a `Record` per probe
+        folder: that it was read from; of a file of runs, its name and that of the run
+    """
 
     name: str  # of the method
     seed: int  # of weights, order and views
@@ -38,7 +47,14 @@ class Run:
 def name_and_seed(
     folder,  # of a run, named NAME_seedN
 ) -> tuple:  # (name in words, seed)
-    "What the name of a folder says. ValueError if it has no seed."
+    """What the name of a folder says. ValueError if it has no seed.
+
+    Args:
+        folder: of a run, named NAME_seedN
+
+    Returns:
+        (name in words, seed)
+    """
     name, _, seed = Path(folder).name.rpartition('_seed')
     require(name and seed.isdigit(), 'folder', 'named NAME_seedN', Path(folder).name)
     return name.replace('_', ' '), int(seed)
@@ -105,7 +121,11 @@ def _words(text, names):
 def todays_name(
     name: str,  # of a run, or of the encoder in its records
 ) -> str:
-    "What a row is called, with the argument's name of today; the record itself is left as it is."
+    """What a row is called, with the argument's name of today; the record itself is left as it is.
+
+    Args:
+        name: of a run, or of the encoder in its records
+    """
     for old, new in _ROWS.items():
         name = re.sub(rf'\b{old}\b', new, name)
     return name
@@ -114,7 +134,11 @@ def todays_name(
 def todays_config(
     config: dict,  # of a run, as `config.json` had it when it was made
 ) -> dict:
-    "A configuration in today's names; one of today stays as it is."
+    """A configuration in today's names; one of today stays as it is.
+
+    Args:
+        config: of a run, as `config.json` had it when it was made
+    """
     c = _renamed(config, _CONFIG)
     old = c.keys() != config.keys()
     for key, names in dict(slots=_SLOTS, train_config=_TRAIN_CONFIG, encoder=_ENCODER).items():
@@ -181,7 +205,11 @@ def _run(folder, config, rows, records):
 def load_run(
     folder,  # of one run
 ) -> Run:
-    "Read one folder. ValueError if it has neither a configuration nor records."
+    """Read one folder. ValueError if it has neither a configuration nor records.
+
+    Args:
+        folder: of one run
+    """
     folder = Path(folder).expanduser()
     what = 'a run folder, with config.json or records.jsonl'
     require(_is_run(folder), 'folder', what, str(folder))
@@ -198,7 +226,11 @@ def load_run(
 def last_parts(
     text: str,  # such as a command
 ) -> str:
-    "Of absolute paths the last part stays: where things are kept is of no use to others."
+    """Of absolute paths the last part stays: where things are kept is of no use to others.
+
+    Args:
+        text: such as a command
+    """
     return re.sub(r'(?<![\w./])(?:/[\w.+-]+)+/([\w.+-]+)', r'\1', text)
 
 
@@ -244,7 +276,14 @@ def _by_number(name):
 def read_runs(
     folders,  # as `load_runs` takes them
 ) -> tuple:  # (list of `Run`, as they lie there, dict: folder that cannot be read -> why)
-    "The runs in `folders`, each once, and what cannot be read. ValueError for what is neither."
+    """The runs in `folders`, each once, and what cannot be read. ValueError for what is neither.
+
+    Args:
+        folders: as `load_runs` takes them
+
+    Returns:
+        (list of `Run`, as they lie there, dict: folder that cannot be read -> why)
+    """
     several, found, broken = isinstance(folders, (list, tuple)), {}, {}
     for given in folders if several else [folders]:
         words = 'a folder, a file of runs, or a list of such'
@@ -269,7 +308,16 @@ def load_runs(
     probed: bool = True,  # leave out runs without records
 ) -> list:  # of `Run`, by method and seed
     """The runs in `folders`, each once. A warning names folders that cannot be read; ValueError for
-    what is neither folder nor file, and where no run can be read."""
+    what is neither folder nor file, and where no run can be read.
+
+    Args:
+        folders: a folder with a folder per run (it need not exist), a run folder, a file, or a list
+        order: names of methods in the order in which they are shown
+        probed: leave out runs without records
+
+    Returns:
+        of `Run`, by method and seed
+    """
     found, broken = read_runs(folders)
     if broken:
         number = f'{len(broken)} of {len(broken) + len(found)}'
@@ -285,7 +333,14 @@ def load_runs(
 def method_names(
     runs,  # any
 ) -> list:  # of the methods, in the order of the runs
-    "Each method once."
+    """Each method once.
+
+    Args:
+        runs: any
+
+    Returns:
+        of the methods, in the order of the runs
+    """
     return list(dict.fromkeys(r.name for r in runs))
 
 # %% ../../nbs/reports/01_runs.ipynb #f0000006
@@ -293,7 +348,12 @@ def keep_runs(
     folders,  # as `load_runs` takes them
     file,  # to write, e.g. 'records/mine.jsonl'; runs that it has and `folders` lack stay in it
 ) -> Path:
-    "Keep what runs record in one file. ValueError for a run that is not finished and probed."
+    """Keep what runs record in one file. ValueError for a run that is not finished and probed.
+
+    Args:
+        folders: as `load_runs` takes them
+        file: to write, e.g. 'records/mine.jsonl'; runs that it has and `folders` lack stay in it
+    """
     file, (runs, broken) = Path(file).expanduser(), read_runs(folders)
     require(not broken, 'folders', 'folders that can all be read', '; '.join(broken.values()))
     require(runs, 'folders', 'folders with runs', folders)
@@ -312,7 +372,12 @@ def of_data(
     runs,  # any
     data: str,  # name of the data that was measured on
 ) -> list:
-    "The same runs, with their records of one data set; without those that have none."
+    """The same runs, with their records of one data set; without those that have none.
+
+    Args:
+        runs: any
+        data: name of the data that was measured on
+    """
     cut = [replace(r, records=[x for x in r.records if x.data == data]) for r in runs]
     return [r for r in cut if r.records]
 
@@ -322,7 +387,16 @@ def missing_runs(
     expected: dict,  # name -> seeds
     protocols=(),  # that each run should have been probed with
 ) -> list:  # of sentences; empty if all is there
-    "Runs and probes that are expected, and not there."
+    """Runs and probes that are expected, and not there.
+
+    Args:
+        runs: those that are there
+        expected: name -> seeds
+        protocols: that each run should have been probed with
+
+    Returns:
+        of sentences; empty if all is there
+    """
     found, gone = {(r.name, r.seed): {x.protocol for x in r.records} for r in runs}, {}
     for name, seeds in expected.items():
         for s in seeds:

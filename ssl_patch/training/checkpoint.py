@@ -59,7 +59,12 @@ def end_by_signal(
     number: int,  # of the signal
     text: str,  # what is said
 ):
-    "End as a signal asks: SIGTERM exits with code 143, any other raises `Stopped`."
+    """End as a signal asks: SIGTERM exits with code 143, any other raises `Stopped`.
+
+    Args:
+        number: of the signal
+        text: what is said
+    """
     if number == signal.SIGTERM:
         print(text, flush=True)
         raise SystemExit(143)
@@ -88,7 +93,11 @@ def in_training(
     run,  # `Pretrainer`, `FineTuner`: with `folder`, `out`, `batches`
 ):  # yields the list in which signals are noted, as `graceful_stop`
     """All that surrounds the loop of a run: its folder is its own, signals are noted, torch's
-    random numbers are as before afterwards, and errors from outside say what to do."""
+    random numbers are as before afterwards, and errors from outside say what to do.
+
+    Args:
+        run: `Pretrainer`, `FineTuner`: with `folder`, `out`, `batches`
+    """
     with ExitStack() as stack:
         if run.folder:
             stack.enter_context(run.folder.held())
@@ -107,7 +116,12 @@ def begin_run(
     run,  # `Pretrainer`, `FineTuner` or `TaskTuner`
     last: int,  # epoch at which it will end for now
 ):
-    "Before the first batch: config.json says what the run is; bar and clock start."
+    """Before the first batch: config.json says what the run is; bar and clock start.
+
+    Args:
+        run: `Pretrainer`, `FineTuner` or `TaskTuner`
+        last: epoch at which it will end for now
+    """
     begun = run.batches and run.folder and run.folder.has('config.json')
     if run.folder and not begun:
         run.folder.write_config(run.run_config())
@@ -123,7 +137,12 @@ def stop_run(
     run,  # `Pretrainer`, `FineTuner` or `TaskTuner`
     number: int,  # of the signal
 ):
-    "Stop in mid-run, as a signal asks: a checkpoint is written, and a line says where it stands."
+    """Stop in mid-run, as a signal asks: a checkpoint is written, and a line says where it stands.
+
+    Args:
+        run: `Pretrainer`, `FineTuner` or `TaskTuner`
+        number: of the signal
+    """
     run.timer.tick()
     if run.folder:
         run.save()
@@ -137,7 +156,15 @@ def as_identity(
     config: dict,  # of a run
     keys: tuple,  # those that decide its numbers
 ) -> dict:  # key -> JSON text
-    "What must agree before a checkpoint is continued."
+    """What must agree before a checkpoint is continued.
+
+    Args:
+        config: of a run
+        keys: those that decide its numbers
+
+    Returns:
+        key -> JSON text
+    """
     return {k: json.dumps(config[k], default=str) for k in keys}
 
 
@@ -159,7 +186,18 @@ def require_same_run(
     defaults: dict | None = None,
     may_differ=(),  # dotted names of entries, such as 'data.name'
 ) -> dict:  # dotted name -> [what the checkpoint has, what this run has], where they may differ
-    "`ValueError` unless a checkpoint belongs to this run; it names what differs."
+    """`ValueError` unless a checkpoint belongs to this run; it names what differs.
+
+    Args:
+        mine: identity of this run
+        theirs: that of the checkpoint
+        defaults: key -> options, or those of each of a list, with the values they have unless told
+            otherwise
+        may_differ: dotted names of entries, such as 'data.name'
+
+    Returns:
+        dotted name -> [what the checkpoint has, what this run has], where they may differ
+    """
     if NAMES_OF_BEFORE & theirs.keys():
         raise ValueError(
             'the checkpoint was made by an earlier version of ssl_patch, which cannot be resumed; '
@@ -195,7 +233,16 @@ def settled_bf16(
     state: dict | None = None,  # of the checkpoint that is continued
 ) -> bool:  # as computed
     """Whether a run computes in bfloat16: as told; else as its checkpoint does, whatever the
-    processor; else where it is native."""
+    processor; else where it is native.
+
+    Args:
+        bf16: as asked for
+        native: whether the device multiplies bfloat16 natively
+        state: of the checkpoint that is continued
+
+    Returns:
+        as computed
+    """
     if bf16 is not None or state is None:
         return native if bf16 is None else bf16
     before = json.loads(state.get('identity', {}).get('bf16', 'null'))
@@ -233,7 +280,14 @@ def versions() -> dict:
 def provenance(
     device: str = 'cpu',  # where the run computes
 ) -> dict:  # versions, hardware, started, command
-    "With what, on what, when and by which command a run was begun."
+    """With what, on what, when and by which command a run was begun.
+
+    Args:
+        device: where the run computes
+
+    Returns:
+        versions, hardware, started, command
+    """
     return dict(
         versions=versions(),
         hardware=hardware(device),
@@ -247,7 +301,13 @@ def continuation(
     changed: dict,  # as `require_same_run` gives it
     device: str = 'cpu',  # where the run goes on
 ) -> dict:
-    "What config.json says of a run that goes on otherwise than it began."
+    """What config.json says of a run that goes on otherwise than it began.
+
+    Args:
+        batches: done before
+        changed: as `require_same_run` gives it
+        device: where the run goes on
+    """
     now = dict(batches=batches, changed=changed, **provenance(device))
     return json.loads(as_json(now))  # plain data, which any checkpoint may hold
 
@@ -255,7 +315,11 @@ def continuation(
 def said_of(
     now: dict,  # a `continuation`
 ) -> str:
-    "The same as a line."
+    """The same as a line.
+
+    Args:
+        now: a `continuation`
+    """
     parts = [f'{k} {was} -> {new}' for k, (was, new) in now['changed'].items()]
     text = f'the run goes on after batch {now["batches"]} with {", ".join(parts)}'
     if not any(k.endswith('.epochs') for k in now['changed']):

@@ -30,7 +30,12 @@ def require_continuable(
     folder,  # a `RunFolder` with a checkpoint
     state,  # what the checkpoint holds
 ):
-    "`ValueError`, before anything is replaced, for a file that a run cannot go on from."
+    """`ValueError`, before anything is replaced, for a file that a run cannot go on from.
+
+    Args:
+        folder: a `RunFolder` with a checkpoint
+        state: what the checkpoint holds
+    """
     said = state if isinstance(state, dict) else {}
     if isinstance(said.get('identity'), dict) and NAMES_OF_BEFORE & said['identity'].keys():
         return  # `require_same_run` says what that is

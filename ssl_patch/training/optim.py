@@ -23,7 +23,18 @@ def lr_factor(
     cosine_after_warmup: bool = True,  # MoCo v3; False: APS
     drops: tuple = (),  # MoCo v1, no cosine: fractions of the run after which lr falls to a tenth
 ) -> float:  # what the base learning rate is multiplied by
-    "Warm-up and cosine, in the form of MoCo v3 or of APS (released code of both)."
+    """Warm-up and cosine, in the form of MoCo v3 or of APS (released code of both).
+
+    Args:
+        epoch: epochs done, with a fraction where the rate changes each step
+        epochs: length of the run E
+        warmup_epochs: epochs of linear warm-up w
+        cosine_after_warmup: MoCo v3; False: APS
+        drops: MoCo v1, no cosine: fractions of the run after which lr falls to a tenth
+
+    Returns:
+        what the base learning rate is multiplied by
+    """
     if not cosine_after_warmup:
         warm = (epoch + 1) / max(warmup_epochs, 1)
         return min(warm, (1 + math.cos(math.pi * epoch / epochs)) / 2)
@@ -37,7 +48,13 @@ def lr_factor(
 # %% ../../nbs/training/01_optim.ipynb #2ab10e36
 @dataclass(frozen=True)
 class Schedule:
-    "The learning rate of every batch of a run; `schedule(optimizer, batch)` sets it."
+    """The learning rate of every batch of a run; `schedule(optimizer, batch)` sets it.
+
+    Args:
+        config: epochs, warmup_epochs, schedule, cosine_after_warmup, drops
+        lr: the base learning rate
+        batches_per_epoch: loaded batches
+    """
 
     config: TrainConfig  # epochs, warmup_epochs, schedule, cosine_after_warmup, drops
     lr: float  # the base learning rate
@@ -47,7 +64,11 @@ class Schedule:
         self,
         batch: int,  # its number in the run, from 0
     ) -> float:
-        "The learning rate of a batch."
+        """The learning rate of a batch.
+
+        Args:
+            batch: its number in the run, from 0
+        """
         c, epoch = self.config, batch / self.batches_per_epoch
         if c.schedule == 'epoch':
             epoch = batch // self.batches_per_epoch
@@ -64,7 +85,15 @@ class Schedule:
 
 # %% ../../nbs/training/01_optim.ipynb #fae915ae
 class LARS(torch.optim.Optimizer):
-    "SGD with momentum, steps scaled to the norm of each matrix (You et al. 2017, as in MoCo v3)."
+    """SGD with momentum, steps scaled to the norm of each matrix (You et al. 2017, as in MoCo v3).
+
+    Args:
+        params: parameters, or groups of them
+        lr: learning rate
+        weight_decay: lambda, on matrices only
+        momentum: of the momentum buffer
+        trust: trust coefficient eta
+    """
 
     def __init__(
         self,
@@ -105,7 +134,13 @@ def make_optimizer(
     config: TrainConfig,  # optimizer, weight decay and whom it touches
     lr: float,  # learning rate
 ) -> torch.optim.Optimizer:
-    "The optimiser of a config over trainable parameters. `ValueError` for an unknown name."
+    """The optimiser of a config over trainable parameters. `ValueError` for an unknown name.
+
+    Args:
+        method: what is trained
+        config: optimizer, weight decay and whom it touches
+        lr: learning rate
+    """
     require_choice(config.optimizer, 'optimizer', ('adamw', 'sgd', 'lars'))
     decayed, spared = [], []
     for name, p in method.named_parameters():
@@ -126,7 +161,13 @@ def make_optimizer(
 
 # %% ../../nbs/training/01_optim.ipynb #56495304
 class GradClip:
-    "Bounds the gradient norm of each parameter, and its growth from step to step (as in MGC)."
+    """Bounds the gradient norm of each parameter, and its growth from step to step (as in MGC).
+
+    Args:
+        parameters: what is trained
+        max_norm: largest norm of one parameter's gradient; None: any
+        growth: alpha: factor by which it may grow in a step; None: any
+    """
 
     def __init__(
         self,

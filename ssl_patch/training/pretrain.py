@@ -57,7 +57,28 @@ from ..views.loader import seed_for
 
 # %% ../../nbs/training/05_pretrain.ipynb #8b1e8deb
 class Pretrainer:
-    "Trains a method on unlabelled images. `fit()` starts, and goes on after an interruption."
+    """Trains a method on unlabelled images. `fit()` starts, and goes on after an interruption.
+
+    Args:
+        method: what is trained
+        data: `ImageData`; labels are used by the online kNN only
+        epochs: passes over the data; None: as the method's paper
+        batch_size: None: the paper's, at most a sixteenth of the data
+        lr: learning rate; None: base_lr x batch_size / 256
+        out: run folder, ~ is the home folder; None: nothing is written
+        resume: True: go on from the checkpoint in `out`; 'auto': where there is one; more epochs
+            lengthen
+        seed: of batches, views and draws (weights are the caller's)
+        device: 'cuda', 'cpu', ...; None: a GPU where there is one
+        bf16: autocast to bfloat16; None: as begun, at first where native
+        workers: processes that decode images, for stores that stream
+        knn_every: epochs between kNN; 0: never; None: ten times a run
+        save_every: epochs between checkpoints
+        progress: 'notebook', 'terminal', 'lines', 'quiet'; None: found out
+        overlap: test images in train: 'refuse', 'drop' from train, or 'keep'
+        note: anything more for config.json
+        **train_config: any field of `TrainConfig`, e.g. weight_decay=.1
+    """
 
     def __init__(
         self,
@@ -126,7 +147,11 @@ class Pretrainer:
         epochs: int | None = None,  # how many epochs now; None: all that are left
     ):
         """Train, or go on. Ctrl-C, the stop button and SIGTERM end it after the current batch,
-        with a checkpoint; in a notebook it then returns, with a line that says so."""
+        with a checkpoint; in a notebook it then returns, with a line that says so.
+
+        Args:
+            epochs: how many epochs now; None: all that are left
+        """
         with calm_stop():
             self.run_epochs(epochs)
         return self
@@ -135,7 +160,11 @@ class Pretrainer:
         self,
         epochs: int | None = None,  # how many epochs now; None: all that are left
     ):
-        "What `fit` does; a stop is an exception in a notebook too, as a longer program needs it."
+        """What `fit` does; a stop is an exception in a notebook too, as a longer program needs it.
+
+        Args:
+            epochs: how many epochs now; None: all that are left
+        """
         n = len(self.loader)
         first = self.batches // n
         last = self.epochs if epochs is None else min(self.epochs, first + epochs)
@@ -155,7 +184,11 @@ class Pretrainer:
         self,
         views: list,  # one `View` per augmentation
     ):
-        "One loaded batch: a forward, a backward and an optimiser step for each draw of patches."
+        """One loaded batch: a forward, a backward and an optimiser step for each draw of patches.
+
+        Args:
+            views: one `View` per augmentation
+        """
         done, phase = self.batches / self.total, self.loader.phase
         phase('sample')
         self.schedule(self.optimizer, self.batches)

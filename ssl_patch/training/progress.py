@@ -37,7 +37,13 @@ class Meter:
         loss: Tensor,  # scalar
         **others: Tensor,  # more scalars
     ):
-        "Add one step's scalars; remember the first `step` whose loss is not finite."
+        """Add one step's scalars; remember the first `step` whose loss is not finite.
+
+        Args:
+            step: its number
+            loss: scalar
+            **others: more scalars
+        """
         for k, v in dict(loss=loss, **others).items():
             v = torch.as_tensor(v).detach().float()  # a part of the loss must not keep its graph
             self.sums[k] = self.sums[k] + v if k in self.sums else v
@@ -49,6 +55,10 @@ class Meter:
         return {k: (v / self.n[k]).item() for k, v in self.sums.items()}
 
     def first_bad(self) -> int:  # number of the step; -1: all were finite
+        """
+        Returns:
+            number of the step; -1: all were finite
+        """
         return -1 if self.bad is None else int(self.bad)
 
     def state_dict(self):
@@ -64,7 +74,14 @@ def require_finite_loss(
     out,  # run folder, or None
     advice: str,  # what to look at
 ):
-    "`FloatingPointError` that names the first batch whose loss is not finite."
+    """`FloatingPointError` that names the first batch whose loss is not finite.
+
+    Args:
+        meter: of the epoch
+        batches_per_epoch: to say in which epoch it was
+        out: run folder, or None
+        advice: what to look at
+    """
     bad = meter.first_bad()
     if bad >= 0:
         kept = 'No run folder was given, so there is no checkpoint.'
@@ -80,7 +97,14 @@ def require_finite_weights(
     out,  # run folder
     advice: str,  # what to look at
 ):
-    "`FloatingPointError` that names weights which are not finite, before they are written."
+    """`FloatingPointError` that names weights which are not finite, before they are written.
+
+    Args:
+        weights: name -> tensor, about to be written
+        batch: the last one that was trained on
+        out: run folder
+        advice: what to look at
+    """
     real = {k: v for k, v in weights.items() if torch.is_tensor(v) and v.is_floating_point()}
     bad = [k for k, v in real.items() if not v.isfinite().all()]
     if bad:
@@ -110,7 +134,14 @@ class Timer:
 def collapse_stats(
     log: dict,  # features (B,D), and where a method has them entropy, patches (B,M,D)
 ) -> dict:  # entropy (nats), feature_std (of 1/sqrt(D)), rank, and cosines of patches; or None
-    "Numbers of the last batch of an epoch that tell learning from collapse."
+    """Numbers of the last batch of an epoch that tell learning from collapse.
+
+    Args:
+        log: features (B,D), and where a method has them entropy, patches (B,M,D)
+
+    Returns:
+        entropy (nats), feature_std (of 1/sqrt(D)), rank, and cosines of patches; or None
+    """
     z, H, p = log['features'], log.get('entropy'), log.get('patches')
     within, between = None, None
     if p is not None and p.shape[1] > 1:
@@ -127,7 +158,14 @@ def collapse_stats(
 def detect_collapse(
     row: dict,  # of the history: feature_std, key_std, neg_sim, rank, and patch_sim_* if measured
 ) -> str | None:  # what is wrong and what to try; None: nothing
-    "Name a collapse: all keys alike, features in one direction, or the patches of an image alike."
+    """Name a collapse: all keys alike, features in one direction, or the patches of an image alike.
+
+    Args:
+        row: of the history: feature_std, key_std, neg_sim, rank, and patch_sim_* if measured
+
+    Returns:
+        what is wrong and what to try; None: nothing
+    """
     advice = (
         'Try a lower learning rate, a longer warm-up, a key encoder that moves more slowly '
         '(momentum nearer to 1)'
@@ -173,7 +211,20 @@ def online_knn(
     T: float = 0.07,  # temperature of the vote
     amp: bool = False,  # features in bfloat16, as a run that trains in it takes them
 ) -> float:  # top-1
-    "Weighted kNN on fixed, class-balanced subsets: a monitor during training."
+    """Weighted kNN on fixed, class-balanced subsets: a monitor during training.
+
+    Args:
+        encoder: what is judged
+        data: with labels and a test split
+        bank: labelled training images
+        queries: test images
+        k: neighbours that vote
+        T: temperature of the vote
+        amp: features in bfloat16, as a run that trains in it takes them
+
+    Returns:
+        top-1
+    """
     some = lambda store, n: store.sample(min(n, len(store)), seed=0)
     b, bank_labels = extract(encoder, some(data.train.labelled(), bank), amp=amp)
     q, labels = extract(encoder, some(data.test.labelled(), queries), amp=amp)
@@ -184,7 +235,14 @@ def online_knn(
 def knn_note(
     data: ImageData,  # with labels and a test split
 ) -> str:  # ' (subset)', or nothing where all images are seen
-    "What is said beside a number of `online_knn`, which is measured on a part of large data."
+    """What is said beside a number of `online_knn`, which is measured on a part of large data.
+
+    Args:
+        data: with labels and a test split
+
+    Returns:
+        ' (subset)', or nothing where all images are seen
+    """
     seen = len(data.train.labelled()) <= KNN_BANK and len(data.test.labelled()) <= KNN_QUERIES
     return '' if seen else ' (subset)'
 
@@ -194,7 +252,13 @@ def plot_curves(
     chance: float | None = None,  # loss of a network that tells nothing apart, drawn as a line
     title: str = '',  # of the figure
 ):  # -> matplotlib Figure
-    "Loss, similarities and signs of life over epochs; patches and online kNN where noted."
+    """Loss, similarities and signs of life over epochs; patches and online kNN where noted.
+
+    Args:
+        history: one dict per epoch: epoch, loss, and more where it was measured
+        chance: loss of a network that tells nothing apart, drawn as a line
+        title: of the figure
+    """
     import matplotlib.pyplot as plt
 
     has = lambda k: any(h.get(k) is not None for h in history)
@@ -245,7 +309,11 @@ def plot_curves(
 
 # %% ../../nbs/training/03_progress.ipynb #d001c380
 def progress_mode() -> str:  # 'notebook', 'terminal' or 'lines'
-    "Where output goes: decided by the kernel, then by whether stdout is a terminal."
+    """Where output goes: decided by the kernel, then by whether stdout is a terminal.
+
+    Returns:
+        'notebook', 'terminal' or 'lines'
+    """
     from fastprogress.core import IN_NOTEBOOK
 
     if IN_NOTEBOOK:
@@ -265,7 +333,12 @@ def calm_stop():
 
 # %% ../../nbs/training/03_progress.ipynb #0f9b73ba
 class Progress:
-    "How far a run is: `start`, then `batch` after batches and `epoch` after epochs, then `close`."
+    """How far a run is: `start`, then `batch` after batches and `epoch` after epochs, then `close`.
+
+    Args:
+        mode: 'notebook', 'terminal', 'lines', 'quiet'; None: found out
+        every: seconds between lines, or between redrawn curves
+    """
 
     def __init__(
         self,
@@ -281,6 +354,11 @@ class Progress:
         done: int,  # batches that are trained on already
         total: int,  # batches of the whole run
     ):
+        """
+        Args:
+            done: batches that are trained on already
+            total: batches of the whole run
+        """
         self.total, self.first, self.begun = total, done, time.monotonic()
         self.bar, self.figure, self.last = None, None, -1e9
         if done >= total and self.mode != 'quiet':
@@ -296,6 +374,10 @@ class Progress:
         self,
         done: int,  # batches
     ):
+        """
+        Args:
+            done: batches
+        """
         if self.bar:
             self.bar.update(done - self.first)
 
@@ -307,6 +389,14 @@ class Progress:
         draw=None,  # a function that gives the curves as a figure, for a notebook
         last: bool = False,  # whether it is the last epoch, which is shown in any case
     ):
+        """
+        Args:
+            done: batches
+            text: what is said of the epoch
+            more: what lines of a log say besides
+            draw: a function that gives the curves as a figure, for a notebook
+            last: whether it is the last epoch, which is shown in any case
+        """
         from fastprogress.core import format_time
 
         text, more = plain(text), plain(more)
@@ -335,6 +425,10 @@ class Progress:
         self,
         text: str,  # something that must not be overlooked
     ):
+        """
+        Args:
+            text: something that must not be overlooked
+        """
         if self.mode != 'quiet':
             print(('\n' if self.bar else '') + plain(text), flush=True)
 

@@ -32,7 +32,14 @@ from ..models.video_encoders import SlowResNet
 def native_bf16(
     device: str,  # 'cpu', 'cuda', ...
 ) -> bool:  # whether bfloat16 is worth it there
-    "Whether a device multiplies bfloat16 matrices natively."
+    """Whether a device multiplies bfloat16 matrices natively.
+
+    Args:
+        device: 'cpu', 'cuda', ...
+
+    Returns:
+        whether bfloat16 is worth it there
+    """
     if str(device).startswith('cuda'):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     ask = [getattr(torch.cpu, f'_is_{x}_supported', None) for x in ('avx512_bf16', 'amx_tile')]
@@ -42,7 +49,14 @@ def native_bf16(
 def require_device(
     device: str,  # 'cpu', 'cuda', ...
 ) -> str:  # the same
-    "`ValueError` where a device cannot be used."
+    """`ValueError` where a device cannot be used.
+
+    Args:
+        device: 'cpu', 'cuda', ...
+
+    Returns:
+        the same
+    """
     try:
         torch.zeros(1, device=device).item()
     except Exception as e:
@@ -57,7 +71,15 @@ def without_test_images(
     data: ImageData,  # train, and perhaps a test split
     overlap: str = 'refuse',  # where test images are in train: 'refuse', 'drop' or 'keep'
 ) -> ImageData:  # the data to train on
-    "`ValueError` where test images are in train, unless they should be dropped there, or kept."
+    """`ValueError` where test images are in train, unless they should be dropped there, or kept.
+
+    Args:
+        data: train, and perhaps a test split
+        overlap: where test images are in train: 'refuse', 'drop' or 'keep'
+
+    Returns:
+        the data to train on
+    """
     check_overlap(overlap)
     if overlap == 'keep' or data.test is None:
         return data
@@ -82,7 +104,15 @@ def resolve_config(
     batch_size: int | None,  # None: the method's, at most a sixteenth of the data
     changes: dict,  # other fields of `TrainConfig`
 ) -> TrainConfig:
-    "A method's `TrainConfig` with the caller's changes; `ValueError` names what is wrong."
+    """A method's `TrainConfig` with the caller's changes; `ValueError` names what is wrong.
+
+    Args:
+        method: its `train_config` is the start
+        n: images in the data
+        epochs: passes over the data; None: the method's
+        batch_size: None: the method's, at most a sixteenth of the data
+        changes: other fields of `TrainConfig`
+    """
     require_known(changes, 'training', TrainConfig.__dataclass_fields__)
     config = replace(method.train_config, **changes)
     if epochs is None:
@@ -116,7 +146,14 @@ def to_device(
     device: str,  # where
     bf16: bool,  # whether in bfloat16
 ):
-    "Put a method on its device: channel statistics, memory layout, attention kernel."
+    """Put a method on its device: channel statistics, memory layout, attention kernel.
+
+    Args:
+        method: what will be trained
+        data: on what
+        device: where
+        bf16: whether in bfloat16
+    """
     method.to(device).train()
     learned = data.train.fingerprints() if can_fingerprint(data.train) else None
     for e in filter(None, (method.encoder, method.momentum_encoder)):

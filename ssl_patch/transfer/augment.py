@@ -28,7 +28,13 @@ def finetune_augmentation(
     size: int | tuple,  # pixels: a side, or (height, width)
     mean: Tensor,  # (C,) of [0,1] pixels: the colour of what a turned image leaves bare
 ):  # function: uint8 (3,H,W) -> uint8 (3,height,width)
-    "The changes of a config that are made image by image."
+    """The changes of a config that are made image by image.
+
+    Args:
+        config: crop and rand_augment
+        size: pixels: a side, or (height, width)
+        mean: (C,) of [0,1] pixels: the colour of what a turned image leaves bare
+    """
     from timm.data.auto_augment import rand_augment_transform
     from torchvision.transforms import v2
 
@@ -68,7 +74,12 @@ def seeded(
     device: str = 'cpu',  # whose random numbers PyTorch uses besides the CPU's
 ):
     """Inside the block the random numbers of Python, NumPy and PyTorch depend on `keys` alone;
-    afterwards those of the CPU go on as before."""
+    afterwards those of the CPU go on as before.
+
+    Args:
+        *keys: whatever the random numbers are for
+        device: whose random numbers PyTorch uses besides the CPU's
+    """
     seed, python, numpy = seed_for(*keys), random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         random.seed(seed)
@@ -99,7 +110,16 @@ class _Augmented(Dataset):
 
 class LabelledLoader:
     """Batches ((x uint8 (B,3,size,size), labels (B,)), indices) of augmented images; a function of
-    seed, epoch and batch number."""
+    seed, epoch and batch number.
+
+    Args:
+        store: with labels
+        batch_size: what is left over at the end of an epoch is dropped
+        change: uint8 (3,H,W) -> uint8 (3,size,size)
+        seed: of the order and of all changes
+        workers: processes that decode and augment
+        pin: page-locked memory, for a GPU
+    """
 
     def __init__(
         self,
@@ -121,6 +141,11 @@ class LabelledLoader:
         e: int,  # which epoch
         start: int = 0,  # batches to pass over
     ):  # iterates over the batches
+        """
+        Args:
+            e: which epoch
+            start: batches to pass over
+        """
         order = torch.randperm(len(self.store), generator=generator_for(self.seed, e, 'order'))
         batches = order[: len(self) * self.batch_size].view(-1, self.batch_size)[start:]
         store = _Augmented(self.store, self.change, self.seed, e)
@@ -136,7 +161,19 @@ def mixed(
     mean: Tensor,  # (3,) of [0,1] pixels
     std: Tensor,  # (3,)
 ) -> tuple:  # images (B,3,H,W), erased ones beyond [0,1]; targets (B,C), rows that sum to 1
-    "The changes of a config that are made to a whole batch, from the global random numbers."
+    """The changes of a config that are made to a whole batch, from the global random numbers.
+
+    Args:
+        x: (B,3,H,W) uint8; B even where images are mixed
+        y: (B,) labels
+        classes: C
+        config: erasing, mixup, cutmix, switch, smoothing
+        mean: (3,) of [0,1] pixels
+        std: (3,)
+
+    Returns:
+        images (B,3,H,W), erased ones beyond [0,1]; targets (B,C), rows that sum to 1
+    """
     from timm.data.mixup import Mixup, mixup_target
     from timm.data.random_erasing import RandomErasing
 
@@ -159,7 +196,15 @@ def show_augmented(
     seed: int = 0,  # of all changes
 ):  # -> matplotlib Figure
     """What each part of a config makes of a batch, erasing of every image; below mixed images,
-    their two largest targets."""
+    their two largest targets.
+
+    Args:
+        store: with labels
+        config: what is shown
+        size: pixels
+        n: images, spread over the store; an even number
+        seed: of all changes
+    """
     store = store.labelled()
     require_int(n, 'n', least=2, most=len(store))
     require(n % 2 == 0, 'n', 'an even number of images', n)

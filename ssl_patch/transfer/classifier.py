@@ -20,7 +20,15 @@ from ..views.loader import generator_for
 # %% ../../nbs/transfer/04_classifier.ipynb #1f6a151a
 class Classifier(nn.Module):
     """A copy of an encoder and a linear head on its image vector. `ValueError` where the encoder
-    lacks what is asked for."""
+    lacks what is asked for.
+
+    Args:
+        encoder: returns `Features`, or a tensor (B,D); has `.dim` and `.size`
+        classes: C
+        seed: of the head
+        drop_path: stochastic depth; None: as the encoder has it
+        stats: channel statistics: 'own' or 'imagenet'
+    """
 
     def __init__(
         self,
@@ -54,6 +62,13 @@ class Classifier(nn.Module):
         self,
         x: Tensor,  # (B,3,size,size) uint8, or floats in [0,1]
     ) -> Tensor:  # logits (B,C)
+        """
+        Args:
+            x: (B,3,size,size) uint8, or floats in [0,1]
+
+        Returns:
+            logits (B,C)
+        """
         return self.head(select_layer(self.encoder(x)))
 
     def no_weight_decay(self):
@@ -84,7 +99,14 @@ def layers_of(
     encoder: nn.Module,  # of a `Classifier`
 ) -> dict:  # regular expressions, from the input up, in timm's notation
     """How the weights of a `Classifier`'s encoder lie on top of each other: blocks of a ViT or a
-    ResNet; any other encoder is one layer."""
+    ResNet; any other encoder is one layer.
+
+    Args:
+        encoder: of a `Classifier`
+
+    Returns:
+        regular expressions, from the input up, in timm's notation
+    """
     net, under = getattr(encoder, 'net', None), r'^encoder\.net\.'
     if hasattr(net, 'group_matcher'):  # timm's own; '^a|b' there means that both begin a name
         put = lambda e: f'{under}(?:{e.replace("^", "")})'
@@ -101,7 +123,15 @@ def at_size(
     encoder: nn.Module,  # any
     size: int | tuple | None = None,  # of images, pixels: side or (height, width); None: its own
 ) -> nn.Module:  # the same, or a copy with its positions resampled
-    "An encoder for images of a size. `ValueError` where it cannot take them."
+    """An encoder for images of a size. `ValueError` where it cannot take them.
+
+    Args:
+        encoder: any
+        size: of images, pixels: side or (height, width); None: its own
+
+    Returns:
+        the same, or a copy with its positions resampled
+    """
     size = image_size(size, 'size', optional=True)
     if size is None or size == getattr(encoder, 'size', None):
         return encoder
@@ -114,7 +144,15 @@ def finetune_optimizer(
     model: Classifier,  # what is trained
     config: FinetuneConfig,  # optimizer, lr, head_lr, layer_decay, weight_decay, decay_all
 ) -> torch.optim.Optimizer:  # groups have `lr_scale`, a factor on the scheduled rate
-    "timm's AdamW or SGD, a group for each pair of learning rate and weight decay."
+    """timm's AdamW or SGD, a group for each pair of learning rate and weight decay.
+
+    Args:
+        model: what is trained
+        config: optimizer, lr, head_lr, layer_decay, weight_decay, decay_all
+
+    Returns:
+        groups have `lr_scale`, a factor on the scheduled rate
+    """
     from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
     spared = () if config.decay_all else model.no_weight_decay()
@@ -136,7 +174,12 @@ def finetune_schedule(
     optimizer: torch.optim.Optimizer,  # its groups may have `lr_scale`
     config: FinetuneConfig,  # schedule, lr, warmup_epochs, warmup_lr, min_lr, drops, drop_to
 ):  # timm's scheduler; call `step(epoch)` before epoch number `epoch`, counted from 0
-    "The learning rate over the epochs."
+    """The learning rate over the epochs.
+
+    Args:
+        optimizer: its groups may have `lr_scale`
+        config: schedule, lr, warmup_epochs, warmup_lr, min_lr, drops, drop_to
+    """
     from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 
     warm = dict(warmup_t=config.warmup_epochs, warmup_lr_init=config.warmup_lr)

@@ -49,7 +49,24 @@ def finetune(
     **more,
 ) -> Record:
     """Top-1 accuracy after the last epoch of fine-tuning all weights. `ValueError` before any work
-    if something does not fit."""
+    if something does not fit.
+
+    Args:
+        encoder: the start; left as it is
+        data: with labels: trained on its train split, measured on its test split
+        config: 'tiny', 'small', 'base' of `aps_finetune_config`, or your own; None: by the
+            encoder's size
+        name: which encoder this is; None: its tower, or 'encoder'
+        seed: of head, order and changes, of the random encoder, and for the record
+        baselines: also the same from `encoder.reinitialized(seed)`: twice the cost
+        overlap: where test images are in train: 'refuse', 'drop' or 'keep'
+        out: run folder to which the record is added
+        checkpoints: folder for checkpoints of the runs, in `encoder` and `from scratch`
+        resume: True or 'auto': go on from those checkpoints, as far as there are any
+        size: image side, pixels; None: the encoder's
+        **more: fields of `FinetuneConfig`; device, bf16, workers, progress, watch, resize as in
+            `FineTuner`
+    """
     check_record_args(name, seed, baselines, out)
     names, usual = ('tiny', 'small', 'base'), (getattr(encoder, 'spec', None) or {}).get('name')
     if config is None:
@@ -190,7 +207,30 @@ def semi_supervised(
     # fields of `FinetuneConfig`; device, bf16, workers, progress, watch, resize as in `FineTuner`
     **more,
 ) -> Record:  # top-1; of more than five classes `chosen` holds top-5, which the papers report
-    "Accuracy after fine-tuning on few labels. `ValueError` before any work if something is unfit."
+    """Accuracy after fine-tuning on few labels. `ValueError` before any work if something is unfit.
+
+    Args:
+        encoder: the start; left as it is
+        data: with labels in train and test
+        fraction: of the labels, where no files are named
+        files: instead: a text file with image names, or the names; see `label_list`
+        config: 'instdisc' or 'simclr' of `semi_supervised_config`, or one of your own
+        subset_seed: of the draw; not `seed`: several seeds learn from the same images
+        missing: listed names that the data do not have: 'refuse', or 'skip'
+        name: which encoder this is; None: its tower, or 'encoder'
+        seed: of head, order and changes, of the random encoder, and for the record
+        baselines: also the same from `encoder.reinitialized(seed)`: twice the cost
+        overlap: where test images are in train: 'refuse', 'drop' or 'keep'
+        out: run folder to which the record is added
+        checkpoints: folder for checkpoints of the runs
+        resume: True or 'auto': go on from those checkpoints, as far as there are any
+        size: image side, pixels; None: the encoder's
+        **more: fields of `FinetuneConfig`; device, bf16, workers, progress, watch, resize as in
+            `FineTuner`
+
+    Returns:
+        top-1; of more than five classes `chosen` holds top-5, which the papers report
+    """
     check_record_args(name, seed, baselines, out)
     require_int(subset_seed, 'subset_seed')
     require_choice(missing, 'missing', ('refuse', 'skip'))

@@ -70,7 +70,12 @@ def learned_from(
     before,  # fingerprints (n,2) of images learned from before, or None
     store: Images,  # what is learned from now
 ):  # fingerprints (m,2); of those before alone where the store's files are too many to read
-    "Fingerprints of all images that were learned from."
+    """Fingerprints of all images that were learned from.
+
+    Args:
+        before: fingerprints (n,2) of images learned from before, or None
+        store: what is learned from now
+    """
     if not can_fingerprint(store):
         return before
     new = store.fingerprints()
@@ -83,7 +88,14 @@ def plot_finetune(
     measured_title: str = 'test top-1',  # what that is
     loss_title: str = 'training loss (augmented, soft targets)',  # what the loss is
 ):  # -> matplotlib Figure
-    "Training loss, learning rate and a test score (where it was measured) of runs, over epochs."
+    """Training loss, learning rate and a test score (where it was measured) of runs, over epochs.
+
+    Args:
+        histories: name -> history of a run: a dict for each epoch
+        measured: what is measured on test images
+        measured_title: what that is
+        loss_title: what the loss is
+    """
     import matplotlib.pyplot as plt
 
     shown = dict(loss=loss_title, lr='learning rate')
@@ -104,7 +116,26 @@ def plot_finetune(
 # %% ../../nbs/transfer/05_finetune.ipynb #d61b8043
 class FineTuner:
     """Trains a copy of an encoder and a linear head. `fit()` starts, and goes on after an
-    interruption. `ValueError` before any work."""
+    interruption. `ValueError` before any work.
+
+    Args:
+        encoder: the start; left as it is
+        data: with labels in train and test
+        config: how to train
+        seed: of the head, of the order and of all changes
+        out: run folder: checkpoints, metrics.csv, config.json; None: nothing is written
+        resume: True: go on from the checkpoint in `out`; 'auto': where there is one; more epochs
+            lengthen
+        device: 'cuda', 'cpu', ...; None: where the encoder is
+        bf16: autocast to bfloat16; None: as begun, at first where native
+        workers: processes that decode and augment
+        progress: 'notebook', 'terminal', 'lines', 'quiet'; None: found out
+        watch: classify the test images after every epoch, not only the last
+        resize: short side of test images before the cut; None: that of the encoder, else its size
+        overlap: where test images are in train: 'refuse', 'drop' or 'keep'
+        name: of the run, in pictures and files
+        size: of images, pixels; None: the encoder's
+    """
 
     def __init__(
         self,
@@ -181,7 +212,11 @@ class FineTuner:
         epochs: int | None = None,  # how many epochs now; None: all that are left
     ):
         """Train, or go on. Ctrl-C, the stop button and SIGTERM end it after the current batch,
-        with a checkpoint; in a notebook it then returns, with a line that says so."""
+        with a checkpoint; in a notebook it then returns, with a line that says so.
+
+        Args:
+            epochs: how many epochs now; None: all that are left
+        """
         with calm_stop():
             self.run_epochs(epochs)
         return self
@@ -190,7 +225,11 @@ class FineTuner:
         self,
         epochs: int | None = None,  # how many epochs now; None: all that are left
     ):
-        "What `fit` does; a stop is an exception in a notebook too, as a longer program needs it."
+        """What `fit` does; a stop is an exception in a notebook too, as a longer program needs it.
+
+        Args:
+            epochs: how many epochs now; None: all that are left
+        """
         n = len(self.loader)
         first = self.batches // n
         last = self.epochs if epochs is None else min(self.epochs, first + epochs)
@@ -210,7 +249,11 @@ class FineTuner:
         self,
         batch: tuple,  # images (B,3,size,size) uint8, labels (B,)
     ):
-        "One batch: erasing and mixing, forward, backward, step."
+        """One batch: erasing and mixing, forward, backward, step.
+
+        Args:
+            batch: images (B,3,size,size) uint8, labels (B,)
+        """
         x, y = (t.to(self.device, non_blocking=True) for t in batch)
         self.schedule.step(self.batches // len(self.loader))
         # erasing, mixing and stochastic depth depend on seed and batch alone
@@ -236,7 +279,14 @@ class FineTuner:
         self,
         model: nn.Module | None = None,  # None: the weights that are reported
     ) -> Tensor:  # (M,C) logits of the test images, on the CPU
-        "Whole images, resized and cut at the centre, in eval mode."
+        """Whole images, resized and cut at the centre, in eval mode.
+
+        Args:
+            model: None: the weights that are reported
+
+        Returns:
+            (M,C) logits of the test images, on the CPU
+        """
         model, out = model or self.reported, []
         how = dict(device=self.device, workers=self.workers, resize=self.resize)
         half = torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16)

@@ -20,7 +20,16 @@ def label_fraction(
     seed: int = 0,  # of the draw
 ) -> Images:  # in the order of the store; classes keep their numbers and names
     """A stratified share of the labelled images, at least one of each class. `ValueError` for a bad
-    fraction or a store without labels."""
+    fraction or a store without labels.
+
+    Args:
+        store: with labels; images without one are left out
+        fraction: share of every class, above 0 and at most 1
+        seed: of the draw
+
+    Returns:
+        in the order of the store; classes keep their numbers and names
+    """
     require_number(fraction, 'fraction', above=0, most=1)
     known = store.labels is not None and (store.labels >= 0).any()
     require(known, 'store', 'images with labels', store.name or 'images that have no labels')
@@ -38,7 +47,16 @@ def label_list(
     missing: str = 'refuse',  # names that the store does not have: 'refuse', or 'skip'
 ) -> Images:  # in the order of the store; classes keep their numbers and names
     """The images whose file names are listed. `ValueError` if names are missing or ambiguous, or
-    the store knows none."""
+    the store knows none.
+
+    Args:
+        store: with file names: from a folder of images
+        names: a text file with a name on each line, or the names themselves
+        missing: names that the store does not have: 'refuse', or 'skip'
+
+    Returns:
+        in the order of the store; classes keep their numbers and names
+    """
     require_choice(missing, 'missing', ('refuse', 'skip'))
     named, what = store.names is not None, 'images from files, which have names to look for'
     require(named, 'store', what, f'{store.name or "images"}, not from files')

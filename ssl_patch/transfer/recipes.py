@@ -16,7 +16,41 @@ from ..ground.checks import require, require_choice, require_int, require_number
 @dataclass(frozen=True)
 class FinetuneConfig:
     """How to fine-tune; plain training unless told otherwise. `ValueError` names a field that does
-    not fit."""
+    not fit.
+
+    Args:
+        epochs: passes over the images
+        batch_size: images per step, at most all of them; what is left over in an epoch waits for
+            another
+        optimizer: 'adamw' or 'sgd'
+        lr: highest learning rate, as it is: not scaled by the batch
+        weight_decay: on matrices; not on biases, norms, CLS token and positions
+        decay_all: True: on those too
+        betas: of AdamW
+        momentum: of SGD
+        nesterov: SGD with Nesterov's momentum
+        head_lr: the rate of the new head is so many times that of the encoder
+        layer_decay: the rate of a layer is so many times that of the layer above it
+        schedule: 'cosine' or 'steps', changed every epoch
+        warmup_epochs: epochs in which the rate climbs from `warmup_lr`; the cosine counts them too
+        warmup_lr: first learning rate of a warm-up
+        min_lr: where the cosine ends
+        drops: 'steps': epochs after which the rate is multiplied by `drop_to`
+        drop_to: 'steps': factor
+        grad_clip: largest norm of the gradient of all weights together
+        smoothing: of labels
+        mixup: alpha: images are blended in pairs, by a weight from Beta(alpha, alpha)
+        cutmix: alpha: a rectangle is taken from the other image of a pair, its area from
+            Beta(alpha, alpha)
+        switch: probability of CutMix where both are on
+        crop: 'pad': shifted by up to 4 pixels, and flipped; 'rrc': random resized crop, and
+            flipped; 'none'
+        rand_augment: timm's description of a RandAugment, e.g. 'rand-m9-mstd0.5-inc1'
+        erasing: probability that a rectangle is filled with noise
+        drop_path: stochastic depth of a ViT; None: as the encoder has it
+        ema: decay of an average of the weights, which is then measured; 0: none
+        stats: channel statistics: the encoder's 'own', or 'imagenet'
+    """
 
     epochs: int = 100  # passes over the images
     # images per step, at most all of them; what is left over in an epoch waits for another
@@ -115,7 +149,11 @@ def _is_rand_augment(text):
 def config_of(
     record: Record,  # of `finetune` or `semi_supervised`
 ) -> FinetuneConfig:
-    "The config that a record was made with."
+    """The config that a record was made with.
+
+    Args:
+        record: of `finetune` or `semi_supervised`
+    """
     renamed = dict(warmup='warmup_epochs', clip='grad_clip')  # in records of an earlier version
     said = {renamed.get(k, k): v for k, v in record.settings.items()}
     said = {k: v for k, v in said.items() if k in FinetuneConfig.__dataclass_fields__}
@@ -128,7 +166,13 @@ def aps_finetune_config(
     **changes,  # any field of `FinetuneConfig`
 ) -> FinetuneConfig:
     """APS on CIFAR (Shen et al. 2023, released code): AdamW, RandAugment, mixup and CutMix,
-    erasing. `ValueError` for an unknown name."""
+    erasing. `ValueError` for an unknown name.
+
+    Args:
+        name: of the ViT: 'tiny', 'small' or 'base'
+        batch_size: images per step; the learning rate follows it
+        **changes: any field of `FinetuneConfig`
+    """
     base = dict(tiny=2e-3, small=1e-3, base=5e-4)  # published, for 512 images
     require_choice(name, 'name', base)
     require_int(batch_size, 'batch_size', least=2)
@@ -161,7 +205,14 @@ def semi_supervised_config(
     **changes,  # any field of `FinetuneConfig`
 ) -> FinetuneConfig:
     """Fine-tuning with few labels; with other `epochs`, drops keep their shares of the run.
-    `ValueError` for an unknown name or a bad fraction."""
+    `ValueError` for an unknown name or a bad fraction.
+
+    Args:
+        fraction: of the labels: 0.01 or 0.1 as published; others take what is nearer
+        name: 'instdisc' (InstDisc, PIRL, PCL, CO2) or 'simclr'
+        batch_size: images per step; None: as published
+        **changes: any field of `FinetuneConfig`
+    """
     require_number(fraction, 'fraction', above=0, most=1)
     require_choice(name, 'name', ('instdisc', 'simclr'))
     require_int(batch_size, 'batch_size', least=2, optional=True)
@@ -188,6 +239,14 @@ def settle_batch(
     n: int,  # training images
 ) -> FinetuneConfig:  # as possible
     """The config with a batch of at most n images, an even number where they are mixed in pairs;
-    the learning rate stays."""
+    the learning rate stays.
+
+    Args:
+        config: as wished
+        n: training images
+
+    Returns:
+        as possible
+    """
     b = min(config.batch_size, n)
     return replace(config, batch_size=b - b % 2 if config.mixup + config.cutmix else b)

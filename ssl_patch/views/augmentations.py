@@ -25,7 +25,25 @@ from .fast_cpu import change_rows_, color_jitter_, own_copy, require_pixels
 # %% ../../nbs/views/03_augmentations.ipynb #456f1eab
 @dataclass(frozen=True)
 class Augmentation:
-    "How to make a view. Raises ValueError for numbers that cannot be"
+    """How to make a view. Raises ValueError for numbers that cannot be
+
+    Args:
+        size: side of the view, pixels
+        scale: area of the crop / area of the image; None: the whole image
+        ratio: width / height of the crop
+        flip: chance of a left-right mirror
+        flip_ud: chance of an up-down mirror
+        turns: chance of quarter turns: 0, 1, 2 or 3 of them, each as likely
+        jitter: strength of brightness, contrast, saturation and hue
+        jitter_p: chance of colour jitter
+        gray_p: chance of becoming grey
+        blur_p: chance of blur
+        blur_sigma: width of the blur, pixels
+        blur_kernel: size of its kernel, odd; None: a tenth of `size`
+        solarize_p: chance of solarizing
+        solarize_threshold: pixels from here on are inverted
+        name: shown in tables and run records
+    """
 
     size: int  # side of the view, pixels
     scale: tuple | None = (0.2, 1.0)  # area of the crop / area of the image; None: the whole image
@@ -136,7 +154,15 @@ def multi_crop(
     size: int = 224,  # side of the two global views; the published sizes are scaled in proportion
     multiple: int = 1,  # round sizes to multiples of this: a ViT's patch
 ) -> list[Augmentation]:  # two global and four local ones, largest first
-    "The six views of multi-crop SCE and ReSSL: at 224 twice 224, then 192, 160, 128, 96 pixels"
+    """The six views of multi-crop SCE and ReSSL: at 224 twice 224, then 192, 160, 128, 96 pixels
+
+    Args:
+        size: side of the two global views; the published sizes are scaled in proportion
+        multiple: round sizes to multiples of this: a ViT's patch
+
+    Returns:
+        two global and four local ones, largest first
+    """
     areas = {192: (0.172, 0.86), 160: (0.143, 0.715), 128: (0.114, 0.571), 96: (0.086, 0.429)}
     side = lambda s: max(multiple, multiple * round(s * size / 224 / multiple))
     local = [aug_local(side(s), scale=area) for s, area in areas.items()]
@@ -145,7 +171,17 @@ def multi_crop(
 # %% ../../nbs/views/03_augmentations.ipynb #918f4a85
 @dataclass
 class AugmentParams:
-    "What was drawn for each image of a batch"
+    """What was drawn for each image of a batch
+
+    Args:
+        factors: brightness, contrast, saturation and hue, (B,4)
+        order: their order, (B,4)
+        jitter: who is jittered, bool (B,)
+        gray: who becomes grey, bool (B,)
+        blur: who is blurred, bool (B,)
+        sigma: with what width, pixels (B,)
+        solarize: who is solarized, bool (B,)
+    """
 
     factors: Tensor  # brightness, contrast, saturation and hue, (B,4)
     order: Tensor  # their order, (B,4)
@@ -161,7 +197,16 @@ def draw_params(
     n: int,  # images in the batch
     generator: torch.Generator | None = None,  # source of the random numbers
 ) -> AugmentParams:  # on the CPU
-    "Draw the colour changes of a batch"
+    """Draw the colour changes of a batch
+
+    Args:
+        augmentation: chances and strengths
+        n: images in the batch
+        generator: source of the random numbers
+
+    Returns:
+        on the CPU
+    """
     a, device = augmentation, generator.device if generator is not None else 'cpu'
     u = torch.rand(n, 13, generator=generator, device=device).cpu()
     s = torch.tensor(a.jitter)
@@ -181,7 +226,16 @@ def apply_params_(
     params: AugmentParams,  # what each image drew
     augmentation: Augmentation,  # blur kernel and solarize threshold
 ) -> Tensor:  # x
-    "Jitter, grey, blur and solarize, each on the images that drew it"
+    """Jitter, grey, blur and solarize, each on the images that drew it
+
+    Args:
+        x: float (B,C,H,W) in [0,1], changed in place; hue, saturation, grey where C is 3
+        params: what each image drew
+        augmentation: blur kernel and solarize threshold
+
+    Returns:
+        x
+    """
     rows = lambda drew: drew.nonzero().squeeze(1)
     kernel, threshold = augmentation.kernel, augmentation.solarize_threshold
     if params.jitter.any():
@@ -198,7 +252,15 @@ def colors_left_out(
     augmentations,  # of the views
     channels: int,  # bands of the images
 ) -> list:  # of words
-    "What these augmentations ask for that only images of three channels can have."
+    """What these augmentations ask for that only images of three channels can have.
+
+    Args:
+        augmentations: of the views
+        channels: bands of the images
+
+    Returns:
+        of words
+    """
     if channels == 3:
         return []
     asked = [
@@ -214,7 +276,16 @@ def photometric(
     augmentation: Augmentation,  # chances and strengths
     generator: torch.Generator | None = None,  # source of the random numbers
 ) -> Tensor:  # the same shape
-    "All colour changes of an augmentation, without crop and flip"
+    """All colour changes of an augmentation, without crop and flip
+
+    Args:
+        x: float (B,C,H,W) in [0,1]
+        augmentation: chances and strengths
+        generator: source of the random numbers
+
+    Returns:
+        the same shape
+    """
     params = draw_params(augmentation, len(x), generator)
     return apply_params_(own_copy(x), params, augmentation)
 
@@ -225,7 +296,17 @@ def draw_boxes(
     generator: torch.Generator | None = None,  # source of the random numbers
     n: int | None = None,  # how many, where `sizes` is one pair
 ) -> tuple:  # box (B,4), flip (B,), and turn (B,), None for an augmentation without turns
-    "Draw where a batch of views is cut, whether they are mirrored, and how they are turned"
+    """Draw where a batch of views is cut, whether they are mirrored, and how they are turned
+
+    Args:
+        augmentation: scale, ratio, flips and turns
+        sizes: one (height, width), or a tensor (B,2)
+        generator: source of the random numbers
+        n: how many, where `sizes` is one pair
+
+    Returns:
+        box (B,4), flip (B,), and turn (B,), None for an augmentation without turns
+    """
     a = augmentation
     if a.scale is not None:
         box = random_boxes(sizes, a.scale, a.ratio, generator, n)
@@ -283,7 +364,14 @@ def make_view(
     generator: torch.Generator | None = None,  # of the random numbers; best on the CPU
     channels: int = 3,  # bands of the images, C
 ) -> View:
-    "Make one view of every image of a batch. Raises ValueError unless `x` is images of C bands"
+    """Make one view of every image of a batch. Raises ValueError unless `x` is images of C bands
+
+    Args:
+        x: images, uint8 (B,C,H,W), or float in [0,1]
+        augmentation: what to do to them
+        generator: of the random numbers; best on the CPU
+        channels: bands of the images, C
+    """
     _require_batch(x, channels)
     drawn = draw_boxes(augmentation, x.shape[-2:], generator, len(x))
     box, flip, turn = (t if t is None else t.to(x.device, non_blocking=True) for t in drawn)
@@ -299,7 +387,15 @@ def show_views(
     names: list = None,  # what to call the views
     size: float = 1.6,  # side of a picture, inches
 ):  # the matplotlib figure
-    "Source images with the crop boxes on them, and the views that were made of them"
+    """Source images with the crop boxes on them, and the views that were made of them
+
+    Args:
+        x: source images: one (3,H,W), or a batch or list of them
+        views: a View, or a list of Views, of these images
+        n: how many images to show, one in a row
+        names: what to call the views
+        size: side of a picture, inches
+    """
     import matplotlib.pyplot as plt
 
     views = [views] if isinstance(views, View) else list(views)
@@ -328,7 +424,15 @@ def show_augmentation(
     generator: torch.Generator | None = None,  # source of the random numbers
     size: float = 1.0,  # side of a picture, inches
 ):  # the matplotlib figure
-    "What augmentations make of one image, `n` times each"
+    """What augmentations make of one image, `n` times each
+
+    Args:
+        x: one image, (3,H,W)
+        augmentations: an Augmentation, or a dict of them by name: one in a row
+        n: draws
+        generator: source of the random numbers
+        size: side of a picture, inches
+    """
     import matplotlib.pyplot as plt
 
     right = torch.is_tensor(x) and x.ndim == 3 and len(x) < min(x.shape[1:])

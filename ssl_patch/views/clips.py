@@ -27,7 +27,11 @@ from .loader import ViewLoader, generator_for
 # %% ../../nbs/views/06_clips.ipynb #09995ebe
 @dataclass(frozen=True)
 class ClipAugmentation(Augmentation):
-    "An `Augmentation` of clips. Raises ValueError for numbers that cannot be"
+    """An `Augmentation` of clips. Raises ValueError for numbers that cannot be
+
+    Args:
+        difference_p: chance of becoming a temporal difference
+    """
 
     difference_p: float = 0.0  # chance of becoming a temporal difference
 
@@ -42,7 +46,14 @@ def aug_clip_a(
     difference_p: float = 0.2,  # chance of becoming a temporal difference
     **changes,  # any field of `ClipAugmentation`
 ) -> ClipAugmentation:
-    "First clip of SCE for video: always blurred"
+    """First clip of SCE for video: always blurred
+
+    Args:
+        size: side of the view, pixels
+        strength: of the colours; 0.5: as BYOL
+        difference_p: chance of becoming a temporal difference
+        **changes: any field of `ClipAugmentation`
+    """
     require_number(strength, 'strength', 0, most=2.5)
     numbers = dict(
         scale=(0.2, 0.766),
@@ -62,14 +73,25 @@ def aug_clip_b(
     difference_p: float = 0.2,  # chance of becoming a temporal difference
     **changes,  # any field of `ClipAugmentation`
 ) -> ClipAugmentation:
-    "Second clip of SCE for video: seldom blurred, sometimes solarized"
+    """Second clip of SCE for video: seldom blurred, sometimes solarized
+
+    Args:
+        size: side of the view, pixels
+        strength: of the colours; 0.5: as BYOL
+        difference_p: chance of becoming a temporal difference
+        **changes: any field of `ClipAugmentation`
+    """
     numbers = dict(blur_p=0.1, solarize_p=0.2, name='clip_b')
     return aug_clip_a(size, strength, difference_p, **numbers | changes)
 
 # %% ../../nbs/views/06_clips.ipynb #d232ad50
 @dataclass
 class ClipView(View):
-    "A batch of views of clips, (B,3,F,size,size), and where and when they came from"
+    """A batch of views of clips, (B,3,F,size,size), and where and when they came from
+
+    Args:
+        span: start and length of the clip, seconds of its video, float (B,2)
+    """
 
     span: Tensor | None = None  # start and length of the clip, seconds of its video, float (B,2)
 
@@ -85,7 +107,15 @@ def each_frame(
     params: AugmentParams,  # of n clips
     frames: int,  # of each, F
 ) -> AugmentParams:  # of n F frames
-    "What was drawn for a clip, handed to each of its frames"
+    """What was drawn for a clip, handed to each of its frames
+
+    Args:
+        params: of n clips
+        frames: of each, F
+
+    Returns:
+        of n F frames
+    """
     return AugmentParams(*(v.repeat_interleave(frames, 0) for v in vars(params).values()))
 
 
@@ -94,7 +124,16 @@ def change_clips(
     params: AugmentParams,  # what was drawn for each clip
     augmentation: Augmentation,  # kernel of the blur, threshold
 ) -> Tensor:  # the same shape
-    "The colour changes of images on every frame, the same for all frames of a clip"
+    """The colour changes of images on every frame, the same for all frames of a clip
+
+    Args:
+        x: float (B,3,F,H,W) in [0,1]
+        params: what was drawn for each clip
+        augmentation: kernel of the blur, threshold
+
+    Returns:
+        the same shape
+    """
     B, _, F = x.shape[:3]
     frames = x.transpose(1, 2).flatten(0, 1).contiguous()
     frames = apply_params_(frames, each_frame(params, F), augmentation)
@@ -108,7 +147,18 @@ def crop_clips(
     flip: Tensor,  # mirror these, bool (B,)
     turn: Tensor | None = None,  # quarter turns after that, long (B,)
 ) -> Tensor:  # float (B,3,F,size,size)
-    "`resized_crop` with all frames as channels: one crop a clip"
+    """`resized_crop` with all frames as channels: one crop a clip
+
+    Args:
+        x: uint8 or float (B,3,F,H,W)
+        box: top, left, height, width, (B,4)
+        size: side of the result, pixels
+        flip: mirror these, bool (B,)
+        turn: quarter turns after that, long (B,)
+
+    Returns:
+        float (B,3,F,size,size)
+    """
     turned = {} if turn is None else dict(turn=turn)
     return resized_crop(x.flatten(1, 2), box, size, flip, **turned).unflatten(1, x.shape[1:3])
 
@@ -119,7 +169,14 @@ def make_clip_view(
     generator: torch.Generator | None = None,  # of the random numbers; best on the CPU
     span: Tensor | None = None,  # start and length, seconds, float (B,2)
 ) -> ClipView:
-    "Make one view of every clip of a batch. Raises ValueError unless `x` is clips"
+    """Make one view of every clip of a batch. Raises ValueError unless `x` is clips
+
+    Args:
+        x: clips, uint8 (B,3,F,H,W), or float in [0,1]
+        augmentation: what to do to them; a difference was taken before, or not at all
+        generator: of the random numbers; best on the CPU
+        span: start and length, seconds, float (B,2)
+    """
     require(x.ndim == 5 and x.shape[1] == 3, 'x', 'a batch of clips (B,3,F,H,W)', x)
     drawn = draw_boxes(augmentation, x.shape[-2:], generator, len(x))
     box, flip, *turn = (t if t is None else t.to(x.device, non_blocking=True) for t in drawn)
@@ -176,7 +233,13 @@ def view_loader(
     *args,  # of `ViewLoader`
     **kwargs,  # of `ViewLoader`
 ) -> ViewLoader:
-    "The loader for a store: of views of images, or of clips"
+    """The loader for a store: of views of images, or of clips
+
+    Args:
+        store: `Images`, a uint8 tensor (N,3,H,W), or `Clips`
+        *args: of `ViewLoader`
+        **kwargs: of `ViewLoader`
+    """
     if isinstance(store, Clips):
         return ClipLoader(store, *args, **kwargs)
     return ViewLoader(store, *args, **kwargs)

@@ -21,7 +21,15 @@ def brightness(
     x: Tensor,  # float (B,C,H,W) in [0,1]
     factor,  # one number or (B,): 0 is black, 1 changes nothing
 ) -> Tensor:  # the same shape
-    "`torchvision`'s `adjust_brightness` with a factor for every image"
+    """`torchvision`'s `adjust_brightness` with a factor for every image
+
+    Args:
+        x: float (B,C,H,W) in [0,1]
+        factor: one number or (B,): 0 is black, 1 changes nothing
+
+    Returns:
+        the same shape
+    """
     return brightness_(own_copy(x), factor)
 
 
@@ -29,7 +37,15 @@ def contrast(
     x: Tensor,  # float (B,C,H,W) in [0,1]
     factor,  # one number or (B,): 0 is flat grey, 1 changes nothing
 ) -> Tensor:  # the same shape
-    "`torchvision`'s `adjust_contrast` with a factor for every image"
+    """`torchvision`'s `adjust_contrast` with a factor for every image
+
+    Args:
+        x: float (B,C,H,W) in [0,1]
+        factor: one number or (B,): 0 is flat grey, 1 changes nothing
+
+    Returns:
+        the same shape
+    """
     return contrast_(own_copy(x), factor)
 
 
@@ -37,7 +53,15 @@ def saturation(
     x: Tensor,  # float (B,3,H,W) in [0,1]
     factor,  # one number or (B,): 0 is a grey image, 1 changes nothing
 ) -> Tensor:  # the same shape
-    "`torchvision`'s `adjust_saturation` with a factor for every image"
+    """`torchvision`'s `adjust_saturation` with a factor for every image
+
+    Args:
+        x: float (B,3,H,W) in [0,1]
+        factor: one number or (B,): 0 is a grey image, 1 changes nothing
+
+    Returns:
+        the same shape
+    """
     return saturation_(own_copy(x, 3), factor)
 
 
@@ -45,14 +69,29 @@ def hue(
     x: Tensor,  # float (B,3,H,W) in [0,1]
     factor,  # one number or (B,), in turns of the colour wheel, from -1/2 to 1/2
 ) -> Tensor:  # the same shape
-    "`torchvision`'s `adjust_hue` with a shift for every image"
+    """`torchvision`'s `adjust_hue` with a shift for every image
+
+    Args:
+        x: float (B,3,H,W) in [0,1]
+        factor: one number or (B,), in turns of the colour wheel, from -1/2 to 1/2
+
+    Returns:
+        the same shape
+    """
     return hue_(own_copy(x, 3), factor)
 
 # %% ../../nbs/views/02_color.ipynb #bb341b1d
 def grayscale(
     x: Tensor,  # float (B,3,H,W)
 ) -> Tensor:  # the same shape, three equal channels
-    "Grey images, as `torchvision`'s `rgb_to_grayscale` with three channels"
+    """Grey images, as `torchvision`'s `rgb_to_grayscale` with three channels
+
+    Args:
+        x: float (B,3,H,W)
+
+    Returns:
+        the same shape, three equal channels
+    """
     require(x.ndim == 4 and x.shape[1] == 3, 'x', 'colour images (B,3,H,W)', x)
     return luma(x).expand_as(x)
 
@@ -61,7 +100,15 @@ def solarize(
     x: Tensor,  # float (B,C,H,W) in [0,1]
     threshold=0.5,  # one number or (B,): pixels from here on are inverted
 ) -> Tensor:  # the same shape
-    "Invert what is bright, as `torchvision`'s `solarize`"
+    """Invert what is bright, as `torchvision`'s `solarize`
+
+    Args:
+        x: float (B,C,H,W) in [0,1]
+        threshold: one number or (B,): pixels from here on are inverted
+
+    Returns:
+        the same shape
+    """
     bright = x >= per_image(threshold, x, 'threshold')
     return bright.to(x.dtype).sub_(x).abs_()  # |1-x| or |0-x|
 
@@ -79,7 +126,16 @@ def gaussian_blur(
     kernel: int,  # size of the kernel in pixels, odd, at most 2*min(H,W)-1
     sigma,  # width of the Gaussian in pixels, one number or (B,)
 ) -> Tensor:  # the same shape
-    "`torchvision`'s `gaussian_blur` with a width for every image"
+    """`torchvision`'s `gaussian_blur` with a width for every image
+
+    Args:
+        x: float (B,C,H,W)
+        kernel: size of the kernel in pixels, odd, at most 2*min(H,W)-1
+        sigma: width of the Gaussian in pixels, one number or (B,)
+
+    Returns:
+        the same shape
+    """
     right = kernel % 2 == 1 and 0 < kernel < 2 * min(x.shape[-2:])
     what = f'odd and below twice the image size {tuple(x.shape[-2:])}'
     require(right, 'kernel', what, kernel)
@@ -96,7 +152,16 @@ def color_jitter(
     factors: Tensor,  # brightness, contrast, saturation, hue of each image, (B,4), on the CPU
     order: Tensor,  # which comes first, second, ...: a permutation of 0..3 each, (B,4), on the CPU
 ) -> Tensor:  # the same shape
-    "The four colour changes, each image in its own order, as `torchvision`'s `ColorJitter`"
+    """The four colour changes, each image in its own order, as `torchvision`'s `ColorJitter`
+
+    Args:
+        x: float (B,C,H,W) in [0,1]; unless C is 3, hue and saturation stay
+        factors: brightness, contrast, saturation, hue of each image, (B,4), on the CPU
+        order: which comes first, second, ...: a permutation of 0..3 each, (B,4), on the CPU
+
+    Returns:
+        the same shape
+    """
     n, x = len(x), own_copy(x)
     require_shape(factors, 'factors', (n, 4), meaning=', one row for each image of x')
     require_shape(order, 'order', (n, 4), meaning=', one row for each image of x')

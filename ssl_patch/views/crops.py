@@ -18,7 +18,14 @@ from .fast_cpu import crop_by_taps
 # %% ../../nbs/views/01_crops.ipynb #6c7b775d
 @dataclass
 class View:
-    "A batch of views, and where they came from"
+    """A batch of views, and where they came from
+
+    Args:
+        x: pixels, float (B,3,size,size) in [0,1], not normalised
+        box: top, left, height, width in source pixels, float (B,4)
+        flip: mirrored left-right after the crop, bool (B,)
+        turn: quarter turns after that, counter-clockwise, long (B,); None: 0
+    """
 
     x: Tensor  # pixels, float (B,3,size,size) in [0,1], not normalised
     box: Tensor  # top, left, height, width in source pixels, float (B,4)
@@ -40,7 +47,14 @@ class View:
         self,
         i: int,  # which image of the batch
     ) -> str:  # such as 'mirrored, turned 90°'; '' where it is neither
-        "In words, how a view was mirrored and turned"
+        """In words, how a view was mirrored and turned
+
+        Args:
+            i: which image of the batch
+
+        Returns:
+            such as 'mirrored, turned 90°'; '' where it is neither
+        """
         turn = 0 if self.turn is None else int(self.turn[i])
         words = ['mirrored'] * bool(self.flip[i]) + [f'turned {90 * turn}°'] * bool(turn)
         return ', '.join(words)
@@ -50,7 +64,15 @@ def central_box(
     sizes: Tensor,  # height and width of each image, (B,2)
     ratio: tuple,  # smallest and largest width / height
 ) -> Tensor:  # top, left, height, width, float (B,4)
-    "The central box that is as large as `ratio` allows: what torchvision falls back to"
+    """The central box that is as large as `ratio` allows: what torchvision falls back to
+
+    Args:
+        sizes: height and width of each image, (B,2)
+        ratio: smallest and largest width / height
+
+    Returns:
+        top, left, height, width, float (B,4)
+    """
     H, W = sizes.float().unbind(-1)
     h = torch.where(W / H < ratio[0], (W / ratio[0]).round(), H)
     w = torch.where(W / H > ratio[1], (H * ratio[1]).round(), W)
@@ -74,7 +96,18 @@ def random_boxes(
     generator: torch.Generator | None = None,  # source of the random numbers
     n: int | None = None,  # how many boxes, where `sizes` is one pair (1 when None)
 ) -> Tensor:  # top, left, height, width: whole numbers, float (B,4)
-    "Boxes with the distribution of torchvision's `RandomResizedCrop`, for a whole batch"
+    """Boxes with the distribution of torchvision's `RandomResizedCrop`, for a whole batch
+
+    Args:
+        sizes: one (height, width), or those of each image: tensor (B,2)
+        scale: smallest and largest area, as fractions of the image's
+        ratio: smallest and largest width / height
+        generator: source of the random numbers
+        n: how many boxes, where `sizes` is one pair (1 when None)
+
+    Returns:
+        top, left, height, width: whole numbers, float (B,4)
+    """
     require_range(scale, 'scale', 1e-6, 1.0)
     require_range(ratio, 'ratio', 1e-6, 1e6)
     device = generator.device if generator is not None else 'cpu'
@@ -96,7 +129,16 @@ def whole_boxes(
     n: int | None = None,  # how many boxes, where `sizes` is one pair (1 when None)
     device: str = 'cpu',  # where the boxes are wanted, where `sizes` is one pair
 ) -> Tensor:  # top, left, height, width: (0, 0, H, W), float (B,4)
-    "Boxes that take the whole image"
+    """Boxes that take the whole image
+
+    Args:
+        sizes: one (height, width), or those of each image: tensor (B,2)
+        n: how many boxes, where `sizes` is one pair (1 when None)
+        device: where the boxes are wanted, where `sizes` is one pair
+
+    Returns:
+        top, left, height, width: (0, 0, H, W), float (B,4)
+    """
     sizes = _image_sizes(sizes, n, device).float()
     return torch.cat([torch.zeros_like(sizes), sizes], 1)
 
@@ -108,7 +150,18 @@ def crop_matrix(
     size: int,  # pixels of the result
     flip: Tensor | None = None,  # mirror these, bool (B,)
 ) -> Tensor:  # (B,size,n), rows sum to one
-    "Matrices that cut and resize one axis, with torchvision's antialiased triangle filter"
+    """Matrices that cut and resize one axis, with torchvision's antialiased triangle filter
+
+    Args:
+        start: first source pixel of each crop, (B,)
+        length: length of each crop in source pixels, (B,)
+        n: pixels of the source
+        size: pixels of the result
+        flip: mirror these, bool (B,)
+
+    Returns:
+        (B,size,n), rows sum to one
+    """
     i = (torch.arange(size, device=start.device) + 0.5).expand(len(start), size)
     j = torch.arange(n, device=start.device) + 0.5
     if flip is not None:
@@ -125,7 +178,15 @@ def crop_axes(
     flip: Tensor | None,  # mirrored left-right, bool (B,); None: never
     turn: Tensor | None,  # then turned by so many quarters, counter-clockwise, long (B,)
 ) -> tuple:  # x reversed, y reversed, then transposed: bool (B,), or None: never
-    "How a mirrored and turned view is made of the axes of its crop"
+    """How a mirrored and turned view is made of the axes of its crop
+
+    Args:
+        flip: mirrored left-right, bool (B,); None: never
+        turn: then turned by so many quarters, counter-clockwise, long (B,)
+
+    Returns:
+        x reversed, y reversed, then transposed: bool (B,), or None: never
+    """
     if turn is None:
         return flip, None, None
     turn = turn % 4
@@ -140,7 +201,18 @@ def crop_by_matrix(
     flip: Tensor,  # mirror these left-right, bool (B,)
     flip_ud: Tensor | None = None,  # mirror these up-down, bool (B,); None: none
 ) -> Tensor:  # float (B,C,size,size); uint8 images are brought to [0,1]
-    "`resized_crop` as two matrix products: the formula, and best on a GPU"
+    """`resized_crop` as two matrix products: the formula, and best on a GPU
+
+    Args:
+        x: images, uint8 or float (B,C,H,W)
+        box: top, left, height, width in pixels, (B,4)
+        size: side of the result, pixels
+        flip: mirror these left-right, bool (B,)
+        flip_ud: mirror these up-down, bool (B,); None: none
+
+    Returns:
+        float (B,C,size,size); uint8 images are brought to [0,1]
+    """
     x = x * (1 / 255) if x.dtype == torch.uint8 else x.float()
     (t, l, h, w), (H, W) = box.unbind(1), x.shape[-2:]
     wy, wx = crop_matrix(t, h, H, size, flip_ud), crop_matrix(l, w, W, size, flip)
@@ -168,7 +240,19 @@ def resized_crop(
     route: str = 'auto',  # 'matrix', 'taps' (CPU only), or the faster one for the device
     turn: Tensor | None = None,  # quarter turns after that, counter-clockwise, long (B,)
 ) -> Tensor:  # float (B,C,size,size); uint8 images are brought to [0,1]
-    "torchvision's antialiased `resized_crop`, a box for every image, which must lie inside of it"
+    """torchvision's antialiased `resized_crop`, a box for every image, which must lie inside of it
+
+    Args:
+        x: images, uint8 or float (B,C,H,W)
+        box: top, left, height, width in pixels, may have fractions, (B,4)
+        size: side of the square result, pixels
+        flip: mirror these left-right, bool (B,)
+        route: 'matrix', 'taps' (CPU only), or the faster one for the device
+        turn: quarter turns after that, counter-clockwise, long (B,)
+
+    Returns:
+        float (B,C,size,size); uint8 images are brought to [0,1]
+    """
     pixels = x.dtype == torch.uint8 or x.is_floating_point()
     require(x.ndim == 4 and pixels, 'x', 'uint8 or float (B,C,H,W)', x)
     require_shape(box, 'box', (len(x), 4), meaning=', one row for each image of x')

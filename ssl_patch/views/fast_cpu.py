@@ -45,7 +45,18 @@ def crop_by_taps(
     flip: Tensor,  # mirror these left-right, bool (B,)
     flip_ud: Tensor | None = None,  # mirror these up-down, bool (B,); None: none
 ) -> Tensor:  # float (B,C,size,size); uint8 images are brought to [0,1]
-    "`resized_crop` with sums of few pixels, in pieces that fit the cache: best on a CPU"
+    """`resized_crop` with sums of few pixels, in pieces that fit the cache: best on a CPU
+
+    Args:
+        x: images, uint8 or float (B,C,H,W), on the CPU
+        box: top, left, height, width in pixels, float (B,4)
+        size: side of the result, pixels
+        flip: mirror these left-right, bool (B,)
+        flip_ud: mirror these up-down, bool (B,); None: none
+
+    Returns:
+        float (B,C,size,size); uint8 images are brought to [0,1]
+    """
     t, l, h, w = box.unbind(1)
     (jy, wy), (jx, wx) = _taps(t, h, size, flip_ud), _taps(l, w, size, flip)
     if x.dtype == torch.uint8:
@@ -75,7 +86,19 @@ def crop_one(
     out: Tensor,  # float (C,size,size): the crop is written here
     flip_ud: Tensor | None = None,  # whether it is mirrored up-down, bool (1,); None: no
 ) -> Tensor:  # `out`
-    "`crop_by_taps` of one image, into memory that is there already"
+    """`crop_by_taps` of one image, into memory that is there already
+
+    Args:
+        x: one image, uint8 or float (C,H,W), on the CPU
+        box: its top, left, height, width in pixels, float (1,4)
+        size: side of the result, pixels
+        flip: whether it is mirrored left-right, bool (1,)
+        out: float (C,size,size): the crop is written here
+        flip_ud: whether it is mirrored up-down, bool (1,); None: no
+
+    Returns:
+        `out`
+    """
     (t, l, h, w), C = box.unbind(1), len(x)
     (jy, wy), (jx, wx) = _taps(t, h, size, flip_ud), _taps(l, w, size, flip)
     if x.dtype == torch.uint8:
@@ -106,7 +129,17 @@ def per_image(
     name: str,  # of the argument that `value` is, for the error
     ndim: int = 4,  # axes of the result
 ) -> Tensor:  # (B,1,...) of the type of `x`, where `x` is
-    "A number for each image, in a shape that meets the images"
+    """A number for each image, in a shape that meets the images
+
+    Args:
+        value: a number, or one for each image: tensor (B,)
+        x: the images, (B,...)
+        name: of the argument that `value` is, for the error
+        ndim: axes of the result
+
+    Returns:
+        (B,1,...) of the type of `x`, where `x` is
+    """
     if not torch.is_tensor(value) or value.ndim == 0:
         value = torch.full((len(x),), float(value))
     what = f'one number, or one for each of the {len(x)} images'
@@ -117,7 +150,12 @@ def per_image(
 def require_pixels(
     x: Tensor,  # images: uint8, or float
 ):
-    "`ValueError` unless these can be pixels: uint8, or float in [0,1] give or take a filter's 0.3."
+    """`ValueError` unless these can be pixels: uint8, or float in [0,1] give or take a filter's
+    0.3.
+
+    Args:
+        x: images: uint8, or float
+    """
     if x.dtype == torch.uint8:
         return
     low, high = (float(v) for v in x.detach().aminmax()) if x.numel() else (0.0, 1.0)
@@ -135,7 +173,15 @@ def own_copy(
     x: Tensor,  # float (B,C,H,W) in [0,1]
     channels: int | None = None,  # that it must have, C; None: any
 ) -> Tensor:  # the same
-    "A copy that may be changed in place. Raises ValueError unless `x` is a batch of float images"
+    """A copy that may be changed in place. Raises ValueError unless `x` is a batch of float images
+
+    Args:
+        x: float (B,C,H,W) in [0,1]
+        channels: that it must have, C; None: any
+
+    Returns:
+        the same
+    """
     right = x.is_floating_point() and x.ndim == 4 and channels in (None, x.shape[1])
     require(right, 'x', f'float (B,{channels or "C"},H,W) in [0,1]', x)
     require_pixels(x)
@@ -146,7 +192,15 @@ def luma(
     x: Tensor,  # float (B,3,H,W)
     out: Tensor | None = None,  # (B,1,H,W): where to write it
 ) -> Tensor:  # (B,1,H,W)
-    "The grey of every pixel"
+    """The grey of every pixel
+
+    Args:
+        x: float (B,3,H,W)
+        out: (B,1,H,W): where to write it
+
+    Returns:
+        (B,1,H,W)
+    """
     grey = torch.mul(x[:, 0:1], LUMA[0], out=out)
     return grey.add_(x[:, 1:2], alpha=LUMA[1]).add_(x[:, 2:3], alpha=LUMA[2])
 
@@ -161,7 +215,16 @@ def brightness_(
     factor,  # one number or (B,)
     scratch: Tensor | None = None,  # memory to work in, (4,at least B,H,W)
 ) -> Tensor:  # x
-    "`brightness` in place"
+    """`brightness` in place
+
+    Args:
+        x: float (B,C,H,W) in [0,1]
+        factor: one number or (B,)
+        scratch: memory to work in, (4,at least B,H,W)
+
+    Returns:
+        x
+    """
     return x.mul_(per_image(factor, x, 'factor')).clamp_(0, 1)
 
 
@@ -170,7 +233,16 @@ def contrast_(
     factor,  # one number or (B,)
     scratch: Tensor | None = None,  # memory to work in, (4,at least B,H,W)
 ) -> Tensor:  # x
-    "`contrast` in place"
+    """`contrast` in place
+
+    Args:
+        x: float (B,C,H,W) in [0,1]
+        factor: one number or (B,)
+        scratch: memory to work in, (4,at least B,H,W)
+
+    Returns:
+        x
+    """
     f, m = per_image(factor, x, 'factor'), x.mean((2, 3))
     if x.shape[1] == 3:
         m = m[:, 0] * LUMA[0] + m[:, 1] * LUMA[1] + m[:, 2] * LUMA[2]
@@ -184,7 +256,16 @@ def saturation_(
     factor,  # one number or (B,)
     scratch: Tensor | None = None,  # memory to work in, (4,at least B,H,W)
 ) -> Tensor:  # x
-    "`saturation` in place"
+    """`saturation` in place
+
+    Args:
+        x: float (B,3,H,W) in [0,1]
+        factor: one number or (B,)
+        scratch: memory to work in, (4,at least B,H,W)
+
+    Returns:
+        x
+    """
     f = per_image(factor, x, 'factor')
     grey = luma(x, _scratch(x, scratch)[0].unsqueeze(1))
     return torch.lerp(grey, x, f, out=x).clamp_(0, 1)
@@ -207,7 +288,16 @@ def hue_(
     factor,  # one number or (B,), in turns of the wheel, from -1/2 to 1/2
     scratch: Tensor | None = None,  # memory to work in, (4,at least B,H,W)
 ) -> Tensor:  # x
-    "`hue` in place"
+    """`hue` in place
+
+    Args:
+        x: float (B,3,H,W) in [0,1]
+        factor: one number or (B,), in turns of the wheel, from -1/2 to 1/2
+        scratch: memory to work in, (4,at least B,H,W)
+
+    Returns:
+        x
+    """
     top, c, t, a = _scratch(x, scratch)
     _wheel(x, top, c, t, a)
     t.add_(per_image(factor, x, 'factor', 3), alpha=6)
@@ -225,7 +315,15 @@ def blur_by_taps(
     x: Tensor,  # float (B,C,H,W), on the CPU
     k: Tensor,  # the weights of each image, (B,kernel)
 ) -> Tensor:  # the same shape
-    "Blur rows and columns with weights `k`, as sums of few pixels: best on a CPU"
+    """Blur rows and columns with weights `k`, as sums of few pixels: best on a CPU
+
+    Args:
+        x: float (B,C,H,W), on the CPU
+        k: the weights of each image, (B,kernel)
+
+    Returns:
+        the same shape
+    """
     (B, C, H, W), kernel = x.shape, k.shape[1]
 
     def sum_axis(y, times):
@@ -249,7 +347,16 @@ def change_rows_(
     rows: Tensor,  # which of them are changed: indices, on the CPU
     change,  # function of (images, their rows); may work in place
 ) -> Tensor:  # x
-    "Replace images `rows` of `x` by `change(images, rows)`"
+    """Replace images `rows` of `x` by `change(images, rows)`
+
+    Args:
+        x: images, (B,C,H,W)
+        rows: which of them are changed: indices, on the CPU
+        change: function of (images, their rows); may work in place
+
+    Returns:
+        x
+    """
     for r in rows.split(_images_at_once(x)):
         if len(r) == 0:
             break
@@ -316,7 +423,17 @@ def color_jitter_(
     order: Tensor,  # a permutation of 0..3 for each image, (B,4), on the CPU
     rows: Tensor | None = None,  # which images are changed: indices, on the CPU; None: all
 ) -> Tensor:  # x
-    "`color_jitter` in place, on some images of a batch"
+    """`color_jitter` in place, on some images of a batch
+
+    Args:
+        x: float (B,C,H,W) in [0,1]; unless C is 3, only its light is changed
+        factors: brightness, contrast, saturation, hue of each image, (B,4), on the CPU
+        order: a permutation of 0..3 for each image, (B,4), on the CPU
+        rows: which images are changed: indices, on the CPU; None: all
+
+    Returns:
+        x
+    """
     if rows is None:
         rows = torch.arange(len(x))
     at_once = _images_at_once(x)

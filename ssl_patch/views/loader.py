@@ -22,7 +22,14 @@ from .fast_cpu import crop_one
 def seed_for(
     *keys,  # numbers or words that say what the random numbers are for
 ) -> int:  # from 0 to 2**63-1
-    "A seed made of any keys; other keys, even close ones, give an unrelated seed"
+    """A seed made of any keys; other keys, even close ones, give an unrelated seed
+
+    Args:
+        *keys: numbers or words that say what the random numbers are for
+
+    Returns:
+        from 0 to 2**63-1
+    """
     return int.from_bytes(hashlib.blake2b(repr(keys).encode(), digest_size=8).digest(), 'big') >> 1
 
 
@@ -30,7 +37,12 @@ def generator_for(
     *keys,  # numbers or words that say what the random numbers are for
     device: str = 'cpu',  # where the random numbers are wanted
 ) -> torch.Generator:
-    "A generator that depends on `keys` alone"
+    """A generator that depends on `keys` alone
+
+    Args:
+        *keys: numbers or words that say what the random numbers are for
+        device: where the random numbers are wanted
+    """
     return torch.Generator(device).manual_seed(seed_for(*keys))
 
 # %% ../../nbs/views/04_loader.ipynb #74918619
@@ -64,7 +76,16 @@ class _CroppedBatches(torch.utils.data.Dataset):
 
 # %% ../../nbs/views/04_loader.ipynb #ea4e92f7
 class ViewLoader:
-    "Batches of views of a store; order and numbers depend on (seed, epoch, batch) alone"
+    """Batches of views of a store; order and numbers depend on (seed, epoch, batch) alone
+
+    Args:
+        store: an image store: `Images`, or a uint8 tensor (N,C,H,W)
+        augmentations: an Augmentation, or a list of them: one view for each
+        batch_size: images in a batch; what an epoch leaves over is dropped
+        seed: of the order and of all views
+        device: where views are made and handed out
+        workers: processes that decode, for stores that stream
+    """
 
     # told which part of the work begins; a profile puts its clock here
     phase = staticmethod(lambda name: None)
@@ -108,7 +129,12 @@ class ViewLoader:
         epoch: int,  # which one
         start: int = 0,  # batches to skip: where a stopped run goes on
     ):  # yields (list of View, one for each augmentation; indices (batch_size,), on the CPU)
-        "All batches of an epoch, from `start` on"
+        """All batches of an epoch, from `start` on
+
+        Args:
+            epoch: which one
+            start: batches to skip: where a stopped run goes on
+        """
         require_int(start, 'start', 0, len(self), hint=', the batches of an epoch')
         order = torch.randperm(len(self.store), generator=generator_for(self.seed, epoch, 'order'))
         batches = order[: len(self) * self.batch_size].view(-1, self.batch_size)[start:]

@@ -345,14 +345,6 @@ def _is_path(text):
     return text.endswith(weight_suffixes) or '/' in text or Path(text).exists()
 
 
-def _library_name(what):
-    "Library and name of a network; where there is none, the error lists the package's own, too."
-    try:
-        return library_name(what)
-    except ValueError as e:
-        raise ValueError(f'{e}. With this package come {", ".join(trained_encoders())}') from e
-
-
 def _has_spec(path):
     "Whether a safetensors file was written by `save_encoder`."
     from safetensors import safe_open
@@ -452,7 +444,7 @@ def open_encoder(
         words = 'None: a module is given back as it is'
         require(not given, 'arch_args, stats, resize and channels', words, given)
         return _checked(what, size)
-    kind, name = _library_name(what)
+    kind, name = library_name(what)
     how = dict(pretrained=pretrained, channels=channels or 3) | (arch_args or {})
     encoder = _seeded(seed, lambda: encoder_kinds[kind](name, size, resize, **how))
     weights = 'published' if pretrained else f'random, seed {seed}'

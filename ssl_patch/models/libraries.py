@@ -32,6 +32,7 @@ from ssl_patch.models.interface import (
     spec_size,
 )
 from .channels import fit_channels
+from .shipped import trained_encoders
 from .weights import first_line
 
 # %% ../../nbs/models/06_libraries.ipynb #ac9f9199
@@ -111,7 +112,8 @@ def library_name(
     close = lambda library: difflib.get_close_matches(base, _networks(library), 3, 0.5)
     near = [f'{l}/{n}' for l in libraries for n in close(l)]
     raise ValueError(
-        f'{name!r} is neither a file nor a network of timm or torchvision{_close(near)}'
+        f'{name!r} is neither a file nor a network of timm or torchvision{_close(near)}. '
+        f'With this package come {", ".join(trained_encoders())}'
     )
 
 # %% ../../nbs/models/06_libraries.ipynb #7e000002

@@ -18,13 +18,7 @@ from ..ground.files import atomic_write
 from . import encoders  # noqa: F401 (makes its kinds known)
 from .channels import require_stats
 from .external import fill_encoder, wrap
-from ssl_patch.models.interface import (
-    Encoder,
-    build_encoder,
-    check_spec,
-    encoder_kinds,
-    spec_of,
-)
+from .interface import Encoder, build_encoder, check_spec, encoder_kinds, spec_of
 from .libraries import library_name
 from .shipped import trained_encoders
 from .weights import digest, doubt_heads, first_line, read_weights

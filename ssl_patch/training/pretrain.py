@@ -361,7 +361,7 @@ class Pretrainer:
     def load_state_dict(self, state):
         """Go on from a state, also with more epochs, elsewhere, or in another precision.
         `ValueError` where it belongs to another run."""
-        usual = asdict(Augmentation(self.encoder.size))  # some numbers are younger than others
+        usual = asdict(Augmentation(1))  # some numbers are younger than others
         defaults = dict(train_config=asdict(TrainConfig()), augmentations=usual)
         theirs = state.get('identity', {})
         free = ['data.name', 'bf16', 'threads']

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['weight_suffixes', 'flatten_state', 'tower_of', 'Found', 'find_weights', 'from_timm_state', 'to_timm_state',
-           'resampled_positions', 'doubt_heads', 'first_line', 'digest', 'read_weights']
+           'resampled_positions', 'doubt_heads', 'first_line', 'read_weights']
 
 # %% ../../nbs/models/04_weights.ipynb #b4cc009b
-import hashlib
 import re
 import warnings
 import zipfile
@@ -354,29 +353,6 @@ def first_line(
         error: whatever a library has raised
     """
     return f'{type(error).__name__}: {error}'.strip().split('\n')[0][:200]
-
-
-def digest(
-    tensors: dict,  # name -> tensor, contiguous, on the CPU
-    said: dict,  # name -> text
-) -> str:  # SHA-256, in hexadecimal
-    """A number that changes with every bit of tensors and texts: safetensors has no check sum.
-
-    Args:
-        tensors: name -> tensor, contiguous, on the CPU
-        said: name -> text
-
-    Returns:
-        SHA-256, in hexadecimal
-    """
-    h = hashlib.sha256()
-    for name in sorted(said):
-        h.update(f'{name} {said[name]}\n'.encode())
-    for name in sorted(tensors):
-        x = tensors[name]
-        h.update(f'{name} {x.dtype} {tuple(x.shape)}\n'.encode())
-        h.update(x.reshape(-1).view(torch.uint8).numpy())
-    return h.hexdigest()
 
 
 def _warn_of_damage(path):

@@ -10,7 +10,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from .data.collages import collages
+from .data.depths import open_depths
 from .data.images import show_images
+from .data.masks import open_masks
 from .data.photographs import photo, photo_names
 from .data.sources import images
 from .evaluation.embeddings import show_embedding
@@ -21,6 +24,7 @@ from .evaluation.linear import linear_probe_cached
 from .evaluation.linear_probe import linear_probe
 from .evaluation.logistic import logistic
 from .evaluation.mistakes import show_confusion
+from .evaluation.patch_knn import knn_segmentation
 from .evaluation.patches import linear_segmentation
 from .evaluation.records import load_records
 from .evaluation.retrieval import retrieval
@@ -48,7 +52,11 @@ from .models.momentum import Queue, ema
 from .reports.compare import compare
 from .reports.runs import load_runs
 from .training.pretrain import Pretrainer
+from .transfer.depth import Depth, monocular_depth
 from .transfer.few_labels import finetune, semi_supervised
+from .transfer.segmentation import Segmentation, segmentation
+from .transfer.task import TaskTuner
+from .transfer.task_config import TaskConfig
 from ssl_patch.views.augmentations import (
     Augmentation,
     aug_aps_cifar,

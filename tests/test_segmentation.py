@@ -154,7 +154,7 @@ def test_cell_labels_by_loops(grid):
 
 
 def test_chunks_of_masks_and_scores_do_not_change_the_answer():
-    from ssl_patch.evaluation.patches import _enlarged
+    from ssl_patch.evaluation.patches import enlarged_classes
     from ssl_patch.evaluation.metrics import label_chunks
 
     m = torch.randint(0, 4, (9, 5, 6), generator=torch.Generator().manual_seed(0))
@@ -164,10 +164,10 @@ def test_chunks_of_masks_and_scores_do_not_change_the_answer():
         )
     s = rand(7, 4, 3, 5)
     assert torch.equal(
-        _enlarged(s, (11, 13), numbers=1),
+        enlarged_classes(s, (11, 13), numbers=1),
         F.interpolate(s, (11, 13), mode='bilinear').argmax(1).byte(),
     )
-    assert torch.equal(_enlarged(s, (11, 13), numbers=1500), _enlarged(s, (11, 13)))
+    assert torch.equal(enlarged_classes(s, (11, 13), numbers=1500), enlarged_classes(s, (11, 13)))
 
 
 @pytest.mark.parametrize(

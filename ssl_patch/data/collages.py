@@ -60,7 +60,8 @@ def inside_shape(
 # %% ../../nbs/data/14_collages.ipynb #c0a00009
 NEAR, FAR = 1.2, 5.0  # metres, of the shapes
 WALL = (10.0, 6.0)  # metres, of the wall: top and bottom row
-_FOCAL = 0.42  # radius in parts of the shorter side, of a shape at a distance of one metre
+_HAZE, _CLEAR = (150, 160, 170), 8.0  # its colour; metres in which 1/e of a colour is left
+_FOCAL = 0.5  # radius in parts of the shorter side, of a shape at a distance of one metre
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,12 @@ def _textures(split, side):
     return found
 
 
+def _hazy(colours, depth):
+    "Colours (...,3) as seen through so many metres of haze."
+    left = np.exp(-np.asarray(depth, np.float32) / _CLEAR)
+    return (colours * left + np.float32(_HAZE) * (1 - left)).round().astype(np.uint8)
+
+
 def _paint(shape, box, fine, textures):
     "Which points of a box belong to a shape, and their colours; `fine` points a pixel."
     top, left, bottom, right = (n * fine for n in box)
@@ -164,7 +171,7 @@ def _paint(shape, box, fine, textures):
     reach = min(t.shape[:2]) / 6  # a radius of the shape covers so many points of its photograph
     rows = shape.v * (t.shape[0] - 2 * reach) + reach * (1 + v.clip(-0.99, 0.99))
     cols = shape.u * (t.shape[1] - 2 * reach) + reach * (1 + u.clip(-0.99, 0.99))
-    return inside, t[rows.astype(int), cols.astype(int)]
+    return inside, _hazy(t[rows.astype(int), cols.astype(int)], shape.depth)
 
 
 def _box_around(shape, size):
@@ -255,11 +262,11 @@ def _stage(seed, split, index, kind, size):
 
 
 def _background(rng, texture, size, fine):
-    "A piece of a photograph at a random place."
+    "The wall: a piece of a photograph at a random place, in haze."
     h, w = fine * size[0], fine * size[1]
     top = rng.integers(texture.shape[0] - h + 1)
     left = rng.integers(texture.shape[1] - w + 1)
-    return texture[top : top + h, left : left + w]
+    return _hazy(texture[top : top + h, left : left + w], np.linspace(*WALL, h)[:, None, None])
 
 
 def draw_collage(

@@ -96,10 +96,11 @@ class LinearDecoder(nn.Module):
         out: int,  # numbers of a pixel
     ):
         super().__init__()
+        self.norm = nn.BatchNorm2d(dims[-1], affine=False)
         self.last = nn.Conv2d(dims[-1], out, 1)
 
     def forward(self, maps):
-        return self.last(maps[-1])
+        return self.last(self.norm(maps[-1]))
 
 
 class FCNDecoder(nn.Module):
@@ -179,7 +180,7 @@ class LightDecoder(nn.Module):
 
 def first_stage(
     encoder: nn.Module,  # with `stage_strides`, or without
-    stride: int = 4,  # pixels of a cell
+    stride: int = 2,  # pixels of a cell
 ) -> int:  # number of the map
     """The finest map whose cells are at least so many pixels wide.
 

@@ -23,8 +23,7 @@ from ssl_patch.training.checkpoint import (
     as_identity,
     begin_run,
     continuation,
-    graceful_stop,
-    open_run,
+    in_training,
     provenance,
     require_same_run,
     said_of,
@@ -39,6 +38,7 @@ from ssl_patch.training.progress import (
     require_finite_loss,
     require_finite_weights,
 )
+from ..training.run_folder import open_run
 from ..training.setup import native_bf16, require_device
 from .augment import seeded
 from .finetune import learned_from, plot_finetune
@@ -201,8 +201,8 @@ class TaskTuner:
         n = len(self.loader)
         first = self.batches // n if self.batches < self.total else self.epochs
         last = self.epochs if epochs is None else min(self.epochs, first + epochs)
-        begin_run(self, last)
-        with graceful_stop() as stop, torch.random.fork_rng():
+        with in_training(self) as stop:
+            begin_run(self, last)
             for epoch in range(first, last):
                 for inputs, targets in self.loader.epoch(epoch, start=self.batches % n):
                     self.train_batch(inputs, targets)
@@ -213,7 +213,7 @@ class TaskTuner:
                 self.end_epoch(epoch + 1)
                 if stop and self.batches < self.total:
                     stop_run(self, stop[0])
-        return self.finish()
+            return self.finish()
 
     def train_batch(
         self,
@@ -368,13 +368,14 @@ class TaskTuner:
             device=str(self.device),
             overlap=self.overlap,
             data=data,
+            threads=torch.get_num_threads() if self.device == 'cpu' else None,
             **provenance(self.device),
             **(dict(continued=self.continued) if self.continued else {}),
         )
 
     def identity(self) -> dict:
         "What must agree before a checkpoint is continued."
-        decides = ('encoder', 'start', 'task', 'task_config', 'seed', 'bf16', 'data')
+        decides = ('encoder', 'start', 'task', 'task_config', 'seed', 'bf16', 'data', 'threads')
         return as_identity(self.run_config(), decides)
 
     def state_dict(self) -> dict:
@@ -394,7 +395,7 @@ class TaskTuner:
     def load_state_dict(self, state):
         """Go on from a state, also with more epochs, elsewhere, or in another precision.
         `ValueError` where it belongs to another run."""
-        theirs, free = state.get('identity', {}), ['data.name', 'bf16']
+        theirs, free = state.get('identity', {}), ['data.name', 'bf16', 'threads']
         before, now = json.loads(theirs.get('task_config', '{}')), self.config.settings()
         free += [f'task_config.{k}' for k in ('epochs', 'steps') if _longer(before, now, k)]
         changed = require_same_run(self.identity(), theirs, may_differ=free)

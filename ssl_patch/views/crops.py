@@ -36,7 +36,9 @@ class View:
         return len(self.x)
 
     def __repr__(self):
-        return f'View({len(self)} of {"x".join(map(str, self.x.shape[1:]))} on {self.x.device})'
+        how = '' if self.turn is None else ', with turns'
+        shape = 'x'.join(map(str, self.x.shape[1:]))
+        return f'View({len(self)} of {shape} on {self.x.device}{how})'
 
     def to(self, device, non_blocking: bool = False) -> 'View':
         "The same view on another device"
@@ -200,6 +202,7 @@ def crop_by_matrix(
     size: int,  # side of the result, pixels
     flip: Tensor,  # mirror these left-right, bool (B,)
     flip_ud: Tensor | None = None,  # mirror these up-down, bool (B,); None: none
+    transposed: Tensor | None = None,  # then swap rows and columns of these, bool (B,); None: none
 ) -> Tensor:  # float (B,C,size,size); uint8 images are brought to [0,1]
     """`resized_crop` as two matrix products: the formula, and best on a GPU
 
@@ -209,6 +212,7 @@ def crop_by_matrix(
         size: side of the result, pixels
         flip: mirror these left-right, bool (B,)
         flip_ud: mirror these up-down, bool (B,); None: none
+        transposed: then swap rows and columns of these, bool (B,); None: none
 
     Returns:
         float (B,C,size,size); uint8 images are brought to [0,1]
@@ -216,7 +220,10 @@ def crop_by_matrix(
     x = x * (1 / 255) if x.dtype == torch.uint8 else x.float()
     (t, l, h, w), (H, W) = box.unbind(1), x.shape[-2:]
     wy, wx = crop_matrix(t, h, H, size, flip_ud), crop_matrix(l, w, W, size, flip)
-    return wy[:, None] @ (x @ wx[:, None].transpose(-1, -2))
+    y = wy[:, None] @ (x @ wx[:, None].transpose(-1, -2))
+    if transposed is None:
+        return y
+    return torch.where(transposed[:, None, None, None], y.mT, y).contiguous()
 
 
 _ROUTES = dict(matrix=crop_by_matrix, taps=crop_by_taps)
@@ -270,8 +277,5 @@ def resized_crop(
     box, flip = (v.to(x.device, non_blocking=True) for v in (box.float(), flip))
     if route == 'auto':
         route = 'taps' if x.device.type == 'cpu' else 'matrix'
-    if turn is None:
-        return _ROUTES[route](x, box, size, flip)
-    flip, flip_ud, transposed = crop_axes(flip, turn.to(x.device, non_blocking=True))
-    y = _ROUTES[route](x, box, size, flip, flip_ud)
-    return torch.where(transposed[:, None, None, None], y.mT, y).contiguous()
+    turn = turn if turn is None else turn.to(x.device, non_blocking=True)
+    return _ROUTES[route](x, box, size, *crop_axes(flip, turn))

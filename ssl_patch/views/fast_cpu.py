@@ -44,6 +44,7 @@ def crop_by_taps(
     size: int,  # side of the result, pixels
     flip: Tensor,  # mirror these left-right, bool (B,)
     flip_ud: Tensor | None = None,  # mirror these up-down, bool (B,); None: none
+    transposed: Tensor | None = None,  # then swap rows and columns of these, bool (B,); None: none
 ) -> Tensor:  # float (B,C,size,size); uint8 images are brought to [0,1]
     """`resized_crop` with sums of few pixels, in pieces that fit the cache: best on a CPU
 
@@ -53,6 +54,7 @@ def crop_by_taps(
         size: side of the result, pixels
         flip: mirror these left-right, bool (B,)
         flip_ud: mirror these up-down, bool (B,); None: none
+        transposed: then swap rows and columns of these, bool (B,); None: none
 
     Returns:
         float (B,C,size,size); uint8 images are brought to [0,1]
@@ -75,6 +77,9 @@ def crop_by_taps(
         y = _sum_taps(y, jy[p, :, :ny] - top, wy[p, :, :ny])
         y = _sum_taps(y.permute(0, 3, 2, 1), jx[p, :, :nx] - left, wx[p, :, :nx])
         out[p] = y.permute(0, 2, 3, 1)
+        if transposed is not None:
+            aside = transposed[p].nonzero()[:, 0]
+            out[first + aside] = y[aside].permute(0, 2, 1, 3)
     return out
 
 # %% ../../nbs/views/05_fast_cpu.ipynb #695fddc2
@@ -85,6 +90,7 @@ def crop_one(
     flip: Tensor,  # whether it is mirrored left-right, bool (1,)
     out: Tensor,  # float (C,size,size): the crop is written here
     flip_ud: Tensor | None = None,  # whether it is mirrored up-down, bool (1,); None: no
+    transposed: Tensor | None = None,  # whether rows and columns are swapped then, bool (1,)
 ) -> Tensor:  # `out`
     """`crop_by_taps` of one image, into memory that is there already
 
@@ -95,6 +101,7 @@ def crop_one(
         flip: whether it is mirrored left-right, bool (1,)
         out: float (C,size,size): the crop is written here
         flip_ud: whether it is mirrored up-down, bool (1,); None: no
+        transposed: whether rows and columns are swapped then, bool (1,)
 
     Returns:
         `out`
@@ -116,7 +123,7 @@ def crop_one(
     wx = wx.expand(C, -1, -1).reshape(j.shape)
     y = F.embedding_bag(j, y, per_sample_weights=wx, mode='sum').view(C, size, size)
     for o, v in zip(out, y):
-        o.copy_(v.t())
+        o.copy_(v if transposed is not None and transposed else v.t())
     return out
 
 # %% ../../nbs/views/05_fast_cpu.ipynb #12944626

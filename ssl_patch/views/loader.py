@@ -66,12 +66,11 @@ class _CroppedBatches(torch.utils.data.Dataset):
             require(x.ndim == 3 and len(x) == C, f'image number {i} of the data', f'({C},H,W)', x)
             for a, (crops, boxes, flips, turns) in zip(self.augmentations, views):
                 box, flip, turn = draw_boxes(a, x.shape[-2:], g, 1)
-                mirrored, flip_ud, transposed = crop_axes(flip, turn)
-                crop_one(x, box, a.size, mirrored, crops[k], flip_ud)
+                mirrored, *aside = crop_axes(flip, turn)
+                crop_one(x, box, a.size, mirrored, crops[k], *aside)
                 boxes[k], flips[k] = box[0], flip[0]
                 if turns is not None:
                     turns[k] = turn[0]
-                    crops[k] = crops[k].mT.clone() if transposed else crops[k]
         return torch.tensor(indices), views
 
 # %% ../../nbs/views/04_loader.ipynb #ea4e92f7

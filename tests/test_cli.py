@@ -408,7 +408,7 @@ def test_help_lists_the_methods_that_are_registered(capsys):
     assert run('pretrain --help') == 0
     text = ' '.join(capsys.readouterr().out.replace('│', ' ').split())
     papers = [n for n, m in load_papers().items() if m.build.__module__.startswith('ssl_patch')]
-    assert len(papers) == 10 and f'one of {", ".join(papers)}, or' in text
+    assert len(papers) == 11 and f'one of {", ".join(papers)}, or' in text
 
 
 def test_modules_of_a_run_are_not_imported_because_a_file_says_so(folder, capsys, monkeypatch):

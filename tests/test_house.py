@@ -328,6 +328,7 @@ PAPERS = dict(
     ressl=('ressl', 'ReSSLLoss', 'ReSSL'),
     co2=('co2', 'CO2Loss', 'CO2'),
     sce=('sce', 'SCELoss', 'SCE'),
+    sce_video=('SCEVideo', 'ClipSettings'),
     densecl=('densecl', 'DenseCLLoss', 'DenseCL'),
     repco=('repco', 'RepCoLoss', 'RepCo'),
     local_to_global=('local_to_global', 'LocalToGlobalLoss', 'LocalToGlobal'),

@@ -59,13 +59,20 @@ class Setup:
     'changes of the views, all of them, e.g. flip_ud=.5 turns=1 for images from above'
 
     encoder: str = 'vit_tiny'
-    "'vit_tiny', 'vit_small', 'vit_base', 'resnet18', ..., or timm/NAME, torchvision/NAME"
+    """'vit_tiny', 'vit_small', 'vit_base', 'resnet18', ..., or timm/NAME, torchvision/NAME;
+    of clips 'slow_resnet18', 'tubelet_tiny', torchvision/r3d_18 and the like"""
 
     pretrained: bool = False
     'of timm/NAME or torchvision/NAME: begin with the published weights; else nothing is fetched'
 
     size: int = 32
     'side of the views, pixels'
+
+    frames: int = 8
+    'of a clip, for encoders of clips, whose data are videos'
+
+    seconds: float = 2.56
+    'that a clip tells of, likewise'
 
     patch: int = 4
     "side of a ViT's patches, pixels"
@@ -137,6 +144,7 @@ class Setup:
             self.pretrained,
             fetch=not self.has_checkpoint(),
             channels=self.channels,
+            frames=self.frames,
         )
 
     def has_checkpoint(self) -> bool:
@@ -157,7 +165,8 @@ class Setup:
     def build(self) -> tuple:  # (ImageData, Method)
         "The data and the method."
         method = self.build_method()  # what is wrong with it is told before data are read
-        return load_data(self.data, self.size, self.subset, self.channels), method
+        clips = (self.frames, self.seconds) if hasattr(method.encoder, 'frames') else None
+        return load_data(self.data, self.size, self.subset, self.channels, clips), method
 
     def pretrainer(self, **more) -> Pretrainer:  # run folder and the like
         "The run, before its first batch. Says what the data are."

@@ -369,15 +369,16 @@ class RawPixels(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # (B,C,H,W) in [0,1]
+        x: Tensor,  # (B,C,H,W) in [0,1]; of clips (B,C,F,H,W) the mean frame is taken
     ) -> Tensor:  # (B, C*rows*columns)
         """
         Args:
-            x: (B,C,H,W) in [0,1]
+            x: (B,C,H,W) in [0,1]; of clips (B,C,F,H,W) the mean frame is taken
 
         Returns:
             (B, C*rows*columns)
         """
+        x = x.mean(2) if x.ndim == 5 else x
         larger = any(n > most for n, most in zip(x.shape[2:], self.sides))
         x = F.adaptive_avg_pool2d(x, self.sides) if larger else x
         return ((x - self.mean[:, None, None]) / self.std[:, None, None]).flatten(1)

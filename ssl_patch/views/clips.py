@@ -6,7 +6,7 @@
 __all__ = ['ClipAugmentation', 'aug_clip_a', 'aug_clip_b', 'ClipView', 'each_frame', 'change_clips', 'crop_clips',
            'make_clip_view', 'ClipLoader', 'view_loader']
 
-# %% ../../nbs/views/06_clips.ipynb #2512528c
+# %% ../../nbs/views/06_clips.ipynb #d3d9766d
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +24,7 @@ from ssl_patch.views.augmentations import (
 from .crops import View, resized_crop
 from .loader import ViewLoader, generator_for
 
-# %% ../../nbs/views/06_clips.ipynb #09995ebe
+# %% ../../nbs/views/06_clips.ipynb #ba29c761
 @dataclass(frozen=True)
 class ClipAugmentation(Augmentation):
     """An `Augmentation` of clips. Raises ValueError for numbers that cannot be
@@ -84,7 +84,7 @@ def aug_clip_b(
     numbers = dict(blur_p=0.1, solarize_p=0.2, name='clip_b')
     return aug_clip_a(size, strength, difference_p, **numbers | changes)
 
-# %% ../../nbs/views/06_clips.ipynb #d232ad50
+# %% ../../nbs/views/06_clips.ipynb #ae63bd13
 @dataclass
 class ClipView(View):
     """A batch of views of clips, (B,3,F,size,size), and where and when they came from
@@ -102,7 +102,7 @@ class ClipView(View):
             self, **{k: v.to(device, non_blocking=non_blocking) for k, v in parts.items()}
         )
 
-# %% ../../nbs/views/06_clips.ipynb #37cbf428
+# %% ../../nbs/views/06_clips.ipynb #dd721eb4
 def each_frame(
     params: AugmentParams,  # of n clips
     frames: int,  # of each, F
@@ -162,7 +162,7 @@ def crop_clips(
     turned = {} if turn is None else dict(turn=turn)
     return resized_crop(x.flatten(1, 2), box, size, flip, **turned).unflatten(1, x.shape[1:3])
 
-# %% ../../nbs/views/06_clips.ipynb #7491d513
+# %% ../../nbs/views/06_clips.ipynb #e13c9ae6
 def make_clip_view(
     x: Tensor,  # clips, uint8 (B,3,F,H,W), or float in [0,1]
     augmentation: Augmentation,  # what to do to them; a difference was taken before, or not at all
@@ -184,7 +184,7 @@ def make_clip_view(
     params = draw_params(augmentation, len(x), generator)
     return ClipView(change_clips(y, params, augmentation), box, flip, *turn, span=span)
 
-# %% ../../nbs/views/06_clips.ipynb #ef719490
+# %% ../../nbs/views/06_clips.ipynb #c3a5baf7
 class _CroppedClips(torch.utils.data.Dataset):
     "What a worker does: decode a clip for every view of every video of a batch, and crop it"
 

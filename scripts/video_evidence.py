@@ -21,7 +21,7 @@ from ssl_patch.evaluation.records import load_records
 from ssl_patch.methods.sce_video import SCEVideo
 from ssl_patch.models.video_encoders import slow_resnet, tubelet_vit
 from ssl_patch.training.pretrain import Pretrainer
-from ssl_patch.transfer.video import video_retrieval
+from ssl_patch.transfer.video_retrieval import video_retrieval
 
 
 def collages(a, difference, seconds):

@@ -153,7 +153,7 @@ def test_wrong_clips_are_refused(data):
 
         small = vit(size=16, patch=8, width=12, depth=1, heads=2)
         SCEVideo(small, patch_sampler=SpaceTimeSampler())
-    with pytest.raises(ValueError, match='videos'):
+    with pytest.raises(ValueError, match='source must be a folder'):
         videos(3)
 
 

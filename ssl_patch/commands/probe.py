@@ -31,6 +31,10 @@ from ..reports.runs import name_and_seed
 from ..training.pretrain import require_device
 from ..transfer.few_labels import finetune, semi_supervised
 from ..transfer.recipes import FinetuneConfig
+from ..transfer.task_config import TaskConfig
+from ..transfer.task_record import measure_task
+from ..transfer.video import video_finetune, video_linear
+from ..transfer.video_retrieval import video_retrieval
 
 # %% ../../nbs/commands/03_probe.ipynb #c3000006
 protocols = dict(
@@ -42,6 +46,9 @@ protocols = dict(
     retrieval=retrieval,
     finetune=finetune,
     semi_supervised=semi_supervised,
+    video_linear=video_linear,
+    video_finetune=video_finetune,
+    video_retrieval=video_retrieval,
 )
 TUNED = ('finetune', 'semi_supervised')  # what trains all weights
 OF_TUNED = {'device', 'bf16', 'workers', 'progress', 'watch', 'resize'}
@@ -67,6 +74,11 @@ def accepted(
 ) -> set:  # names
     "The arguments of a protocol, and the fields of its config where it has one."
     mine = set(inspect.signature(protocols[protocol]).parameters) - {'encoder', 'data', 'more'}
+    if protocol in ('video_linear', 'video_finetune'):
+        whole = {*inspect.signature(measure_task).parameters, *TaskConfig.__dataclass_fields__}
+        return mine | whole - {'encoder', 'task', 'data', 'more'} | OF_TUNED - {'resize'}
+    if protocol == 'video_retrieval':
+        return mine
     if protocol in TUNED:
         return mine | {f.name for f in fields(FinetuneConfig)} | OF_TUNED
     if protocol == 'linear_probe':
@@ -200,9 +212,12 @@ class Probe:
     resize: int | None = None
     "short side before the centre is cut; by default the encoder's, or the size"
 
+    seconds: float | None = None
+    'that a clip tells of, for encoders of clips; by default that of the run, or 2.56'
+
     protocols: tuple[str, ...] = ('knn', 'linear')
-    'of knn, linear, linear_probe, logistic, svm, retrieval, finetune, semi_supervised, and of '
-    'segmentation, depth: of masks or depth files'
+    """of knn, linear, linear_probe, logistic, svm, retrieval, finetune, semi_supervised; of masks
+    or depth files segmentation, depth; of clips video_linear, video_finetune, video_retrieval"""
 
     settings: tuple[str, ...] = ()
     'of these, e.g. --settings knn.k=200 knn.T=.1 linear_probe.config=sce'
@@ -253,10 +268,18 @@ class Probe:
         if source is None:
             first = saved(run)
             source, subset = first.data, first.subset if subset is None else subset
-        what = source, self.size or encoder.size, subset, getattr(encoder, 'channels', 3)
+        size, channels = self.size or encoder.size, getattr(encoder, 'channels', 3)
+        what = source, size, subset, channels, self.clips(run, encoder)
         if what not in loaded:
             loaded[what] = load_labelled(*what)
         return loaded[what]
+
+    def clips(self, run, encoder):
+        "(frames, seconds) of the clips that an encoder takes; None for one of images."
+        if not hasattr(encoder, 'frames'):
+            return None
+        began = saved(run).seconds if run and self.data is None else 2.56
+        return encoder.frames, self.seconds or began
 
     def shared(self, run, encoder) -> dict:
         "The arguments that all protocols of one encoder take."
@@ -291,6 +314,8 @@ class Probe:
                 some = dict(cache=self.cache, targets=targets)
                 known = accepted(p)
                 more = {k: v for k, v in some.items() if v is not None and k in known}
+                if p.startswith('video'):
+                    require_known(own, p, sorted(known))
                 r = protocols[p](encoder, data, **own | more | settings[p])
             found.append(r)
             value = f'{r.protocol} {r.metric} {100 * r.value:.1f} % ({r.seconds:.0f} s)'

@@ -102,7 +102,7 @@ def measure_task(
         data.name,
         chance,
         metric,
-        layer='patches',
+        layer=getattr(task, 'layer', 'patches'),
         settings=(told or {})
         | task_settings(task)
         | config.settings()

@@ -16,7 +16,7 @@ from ..ground.files import atomic_write
 from ..methods.compose import build_method, load_papers
 from ..reports.profile import profile_run
 from ..reports.runs import load_run
-from ..training.run_folder import as_json
+from ..training.run_folder import RunFolder, as_json
 from ..training.pretrain import Pretrainer
 from ssl_patch.commands.words import (
     change_augmentations,
@@ -229,7 +229,7 @@ class Pretrain(Setup):
 
     def has_checkpoint(self) -> bool:
         "Whether weights are there already, of a run that goes on."
-        return (Path(self.out).expanduser() / 'checkpoint.pt').is_file()
+        return RunFolder(Path(self.out).expanduser()).resumable
 
     def begun(self) -> 'Pretrain':
         "The command that began the run in `out`, to go on with. `ValueError` for another option."

@@ -19,11 +19,11 @@ from ssl_patch.evaluation.protocol import random_twin
 from ssl_patch.evaluation.records import Record, table
 from ssl_patch.evaluation.retrieval import retrieval
 from ssl_patch.evaluation.svm import svm
-from ssl_patch.models.encoders import vit
+from ssl_patch.models.encoders import resnet, vit
 from ssl_patch.models.files import open_encoder
 from ssl_patch.reports.compare import compare
 from ssl_patch.transfer.few_labels import finetune, semi_supervised
-from toys import Net, make_data
+from toys import Net, learned, make_data
 
 torch.set_num_threads(1)
 
@@ -126,6 +126,10 @@ def test_a_random_network_has_no_twin(pictures):
     ours = vit('tiny', size=32, patch=8, width=16, depth=1, heads=2).reinitialized(4)
     assert random_twin(ours, 4) is None and random_twin(ours, 0) is not None
     assert 'random encoder' not in knn(ours, data, k=5, seed=4).baselines
+    for fresh in (vit('tiny', 32, 8, width=16, depth=1, heads=2), resnet('resnet18', 32, width=8)):
+        assert set(knn(fresh, data, k=5).baselines) == {'raw pixels'}
+        assert set(knn(fresh.at_size(64), data, k=5).baselines) == {'raw pixels'}
+        assert set(knn(learned(fresh), data, k=5).baselines) == {'raw pixels', 'random encoder'}
 
 
 def test_the_shell_prints_the_unit_of_compare(pictures, tmp_path, capsys):

@@ -14,7 +14,7 @@ from ssl_patch.evaluation.protocol import evaluate
 from ssl_patch.evaluation.features import extract, RawPixels
 from ssl_patch.evaluation.linear import fit_linear, linear_probe_cached, standardise
 from ssl_patch.evaluation.knn import knn, knn_predict
-from toys import Net, make_images, make_data, brute
+from toys import Net, make_images, make_data, brute, learned
 
 
 def test_knn_record_holds_the_same_protocol_on_its_baselines():
@@ -72,7 +72,10 @@ def test_linear_record_is_the_last_epoch_of_the_plain_fit():
 
 
 def test_other_channel_statistics_are_another_baseline():
-    data, enc = make_data(noise=120, size=16), vit('tiny', 16, 8, width=16, depth=1, heads=2)
+    data, enc = (
+        make_data(noise=120, size=16),
+        learned(vit('tiny', 16, 8, width=16, depth=1, heads=2)),
+    )
     a = knn(enc, data, k=5).baselines
     enc.set_stats(torch.full((3,), 3.0), torch.tensor([0.01, 1.0, 9.0]))
     assert (
@@ -372,7 +375,7 @@ def test_classes_that_train_lacks_are_noted():
 
 
 def test_another_size_than_the_encoders_own():
-    net, data = vit(size=16, patch=4, width=32, depth=1, heads=2), make_data(size=32)
+    net, data = learned(vit(size=16, patch=4, width=32, depth=1, heads=2)), make_data(size=32)
     r = knn(net, data, k=5, size=32)
     assert r.settings['size'] == 32 and 'random encoder' in r.baselines and net.sizes == {16}
     with pytest.raises(ValueError, match='size=30'):

@@ -17,6 +17,7 @@ from ssl_patch.models.files import open_encoder, save_encoder
 from ssl_patch.models.libraries import from_timm, from_torchvision
 from ssl_patch.transfer.finetune import FineTuner
 from ssl_patch.transfer.recipes import FinetuneConfig
+from toys import learned
 
 
 def pixels(*shape, seed=0):
@@ -43,7 +44,7 @@ KINDS = dict(
 
 def make(kind, size=32):
     torch.manual_seed(3)
-    return KINDS[kind](size).set_stats([0.4, 0.5, 0.6], [0.2, 0.3, 0.2]).eval()
+    return learned(KINDS[kind](size)).set_stats([0.4, 0.5, 0.6], [0.2, 0.3, 0.2]).eval()
 
 
 @pytest.mark.parametrize('kind', KINDS)

@@ -17,6 +17,7 @@ from ssl_patch.models.encoders import resnet, vit
 from ssl_patch.models.external import wrap
 from ssl_patch.models.files import open_encoder, save_encoder
 from ssl_patch.models.libraries import from_timm, from_torchvision
+from toys import learned
 
 X = torch.randint(
     0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
@@ -40,7 +41,7 @@ KINDS = dict(
 
 def make(kind):
     torch.manual_seed(11)
-    return KINDS[kind]().set_stats([0.4, 0.5, 0.6], [0.2, 0.3, 0.2]).eval()
+    return learned(KINDS[kind]()).set_stats([0.4, 0.5, 0.6], [0.2, 0.3, 0.2]).eval()
 
 
 @pytest.fixture(scope='module')

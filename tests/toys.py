@@ -78,3 +78,11 @@ def brute(queries, bank, labels, k, T, classes):
         votes = [sum(math.exp(sims[i] / T) for i in best if labels[i] == c) for c in range(classes)]
         out.append(votes.index(max(votes)))
     return torch.tensor(out)
+
+
+@torch.no_grad()
+def learned(encoder):
+    "The same encoder, its weights no longer those that it was made with, as after training."
+    for p in encoder.parameters():
+        p.mul_(1.001)
+    return encoder

@@ -31,6 +31,7 @@ from .records import Record
 from ..ground.checks import height_width, require, require_choice, require_int
 from ..ground.checks import require_number
 from ..models.encoders import Features
+from ..models.fresh import is_fresh
 
 # %% ../../nbs/evaluation/13_patches.ipynb #28218667
 def _check_images(images, name):
@@ -403,7 +404,8 @@ def linear_segmentation(
         grid = patch_features(encoder, test[0][:1], size, device=device)[1]
         beside['raw pixels'] = probe(RawPatches(size, grid))
         beside['place alone'] = score(position_prior(train[1], test[1].shape, classes, ignore))
-        if (twin := random_twin(encoder, seed)) is not None:
+        twin = None if is_fresh(encoder) else random_twin(encoder, seed)
+        if twin is not None:
             beside['random encoder'] = probe(twin)
     return Record(
         'linear segmentation',

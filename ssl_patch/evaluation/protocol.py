@@ -29,6 +29,7 @@ from ssl_patch.evaluation.features import (
     size_and_device,
 )
 from .metrics import per_class
+from ..models.fresh import is_fresh
 from ssl_patch.evaluation.records import (
     Record,
     Score,
@@ -365,7 +366,8 @@ def baseline_encoders(
     """
     device = size_and_device(encoder, size, None)[1]
     yield 'raw pixels', RawPixels(size, data.mean, data.std).to(device)
-    if (twin := random_twin(encoder, seed)) is not None:
+    twin = None if is_fresh(encoder) else random_twin(encoder, seed)
+    if twin is not None:
         yield 'random encoder', twin.to(device)
 
 

@@ -22,6 +22,7 @@ from ssl_patch.ground.checks import (
     require_int,
     require_number,
 )
+from .fresh import is_fresh, mark_fresh
 from ssl_patch.models.interface import (
     Encoder,
     Features,
@@ -206,7 +207,7 @@ class ViT(Encoder):
         new.net.pos_embed = nn.Parameter(where, requires_grad=own.requires_grad)
         cut, sides = new.net.patch_embed, height_width(new.size)
         cut.img_size, cut.grid_size, cut.num_patches = sides, new.grid, where.shape[1]
-        return new
+        return mark_fresh(new) if is_fresh(self) else new
 
     def forward(
         self,
@@ -275,7 +276,7 @@ def vit(
     require(w % h == 0, 'width', f'a multiple of heads={h}', w)
     net = _vit_net(variant, size, patch, w, d, h, drop_path, channels)
     (_init_aps if variant == 'aps' else _init_moco_v3)(net)
-    return ViT(net, spec)
+    return mark_fresh(ViT(net, spec))
 
 
 register_encoder(
@@ -474,7 +475,7 @@ def resnet(
         spec['zero_init_residual'] = True
     if channels != 3:
         spec['channels'] = channels
-    return ResNet(net, spec, size, dim)
+    return mark_fresh(ResNet(net, spec, size, dim))
 
 
 register_encoder(

@@ -27,6 +27,7 @@ from ssl_patch.models.interface import (
     spec_size,
 )
 from .channels import require_stats
+from .fresh import is_fresh, mark_fresh
 from .stages import conv_stages
 from ssl_patch.models.weights import (
     Found,
@@ -155,6 +156,7 @@ class ExternalEncoder(Encoder):
         if isinstance(self.size, tuple) or isinstance(size, tuple):  # libraries resample squares
             state = resampled_positions(state, new.net, self.grid, new.grid)
         fill_encoder(new, state)
+        new = mark_fresh(new) if is_fresh(self) else new
         new.set_stats(self.mean.cpu(), self.std.cpu()).to(self.mean).train(self.training)
         for name in ('tower', 'trained_on', 'card'):
             setattr(new, name, copy.deepcopy(getattr(self, name)))

@@ -351,6 +351,7 @@ class Encoder(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             new = self.rebuilt()
+            new.fresh = None  # it is there to be compared
             return new.set_stats(self.mean.cpu(), self.std.cpu()).to(self.mean)
 
     def rebuilt(

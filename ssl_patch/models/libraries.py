@@ -33,6 +33,7 @@ from ssl_patch.models.interface import (
 )
 from .channels import fit_channels
 from .shipped import trained_encoders
+from .fresh import mark_fresh
 from .weights import first_line
 
 # %% ../../nbs/models/06_libraries.ipynb #ac9f9199
@@ -231,6 +232,7 @@ def from_timm(
     spec |= dict(channels=built) if built != 3 else {}
     encoder = ExternalEncoder(net, read_timm, spec, size, resize, head)
     encoder.set_stats(*_for_bands(built, cfg.mean, cfg.std))
+    encoder = encoder if pretrained else mark_fresh(encoder)
     return encoder if built == channels else encoder.with_channels(channels)
 
 
@@ -320,6 +322,7 @@ def from_torchvision(
     if apart:
         safe = dict(progress=False, check_hash=True, weights_only=True)
         fill_encoder(encoder, _made(label, lambda: published.get_state_dict(**safe)))
+    encoder = encoder if pretrained else mark_fresh(encoder)
     return encoder if built == channels else encoder.with_channels(channels)
 
 

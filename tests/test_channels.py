@@ -11,6 +11,7 @@ from ssl_patch.cli import main
 from ssl_patch.data.images import show_images
 from ssl_patch.data.sources import images
 from ssl_patch.evaluation.features import RawPixels, extract
+from ssl_patch.evaluation.figures import show_neighbours, show_patch_pca
 from ssl_patch.evaluation.knn import knn
 from ssl_patch.evaluation.linear_probe import linear_probe
 from ssl_patch.evaluation.patches import linear_segmentation
@@ -243,6 +244,16 @@ def test_segmentation_of_bands(data):
 def test_pictures_and_raw_pixels():
     for channels in (1, 2, 4):
         assert show_images(pixels(4, channels, 16, 16)).axes
+    # matplotlib would take a fourth band for opacity
+    x = pixels(2, 4, 32, 32)
+    e = make('vit', channels=4)
+    drawn = show_patch_pca(e, x).axes[0].get_images()[0].get_array()
+    assert np.allclose(drawn, x[0, :3].permute(1, 2, 0).numpy() / 255)
+    for channels in (1, 2, 4):
+        pair = [(bands(20, channels, seed=s)) for s in (0, 1)]
+        data = images(pair[0], test=pair[1], channels=channels)
+        assert data.train.channels == channels
+        assert show_neighbours(make('vit', channels=channels), data, k=2).axes
     raw = RawPixels(16, torch.rand(4), torch.ones(4))
     assert raw(torch.rand(2, 4, 16, 16)).shape == (2, 4 * 256) and raw.channels == 4
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from timm.layers import resample_abs_pos_embed
+from ssl_patch.cli import main
 from ssl_patch.data.images import resize_center_crop
 from ssl_patch.data.sources import images
 from ssl_patch.evaluation.features import RawPixels, extract
@@ -208,3 +209,52 @@ def test_fine_tuning_of_rectangles(data):
     config = FinetuneConfig(epochs=1, batch_size=20)
     tuner = FineTuner(make('vit'), data, config, size=(32, 64), progress='quiet').fit()
     assert tuner.encoder.size == (32, 64) and 0 <= tuner.history[-1]['top1'] <= 1
+
+
+def test_the_shell_probes_an_encoder_of_rectangles(data, tmp_path, capsys):
+    from PIL import Image
+
+    for part, store in (('train', data.train), ('test', data.test)):
+        for i, x in enumerate(store.images):
+            folder = tmp_path / 'data' / part / f'class{int(store.labels[i])}'
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(x.permute(1, 2, 0).numpy()).save(folder / f'{i}.png')
+    wide = make('vit').at_size((32, 64))
+    path = str(save_encoder(wide, tmp_path / 'encoder.safetensors'))
+    words = ['probe', '--encoder', path, '--data', str(tmp_path / 'data'), '--protocols', 'knn']
+    main([*words, '--settings', 'knn.k=5', '--device', 'cpu'])
+    value = 100 * knn(wide, data, k=5, baselines=False).value
+    assert f'{value:.1f} %' in capsys.readouterr().out
+
+
+def test_segmentation_keeps_to_the_resize_of_a_network(data):
+    x = data.train.images[:12]
+    masks = (x.float().mean(1) > 80).long()
+    e = make('timm_vit', 32)  # it has a resize of its own
+    assert e.resize == 35
+    how = dict(epochs=3, baselines=False)
+    own = linear_segmentation(e, (x, masks), (x, masks), 2, **how)
+    assert own.settings['resize'] == 35 and 'middle 91% of each side' in own.note
+    whole = linear_segmentation(e, (x, masks), (x, masks), 2, resize=32, **how)
+    assert whole.settings['resize'] == 32 and whole.note == ''
+    # the middle of images and masks, by hand
+    rows, cols = round(40 * 32 / 35), round(80 * 32 / 35)
+    top, left = (40 - rows) // 2, (80 - cols) // 2
+    part = slice(top, top + rows), slice(left, left + cols)
+    pair = x[(..., *part)], masks[(..., *part)]
+    assert own.value == linear_segmentation(e, pair, pair, 2, resize=32, **how).value
+    ours = linear_segmentation(make('vit'), (x, masks), (x, masks), 2, **how)
+    assert 'resize' not in ours.settings and ours.note == ''
+    with pytest.raises(ValueError, match='resize must be a whole number at least 32'):
+        linear_segmentation(e, (x, masks), (x, masks), 2, resize=30, **how)
+
+
+def test_as_many_patches_of_another_grid_are_no_match(tmp_path):
+    wide = make('vit', (32, 64))
+    path = save_encoder(wide, tmp_path / 'encoder.safetensors')
+    for size in ((64, 32), 32):
+        with pytest.raises(ValueError, match='arch must be for 32x64 pixels, as the file'):
+            open_encoder(path, arch=small_vit(size))
+    assert torch.equal(
+        open_encoder(path, arch=small_vit((32, 64))).net.pos_embed, wide.net.pos_embed
+    )

@@ -23,7 +23,7 @@ from ..ground.checks import require
 
 # %% ../../nbs/data/10_given.ipynb #37cf5244
 def _bands_ok(n, channels):
-    return n == channels if channels and channels > 3 else n in (1, 3)
+    return n in (1, 3) if channels in (None, 1, 3) else n == channels
 
 
 def _type_hint(x):
@@ -45,14 +45,14 @@ def _type_hint(x):
 
 def array_images(
     x,  # array or tensor
-    channels: int | None = None,  # more than 3: so many are in the array; 1: grey
+    channels: int | None = None,  # 2, or more than 3: so many are in the array; 1: grey
     value_range: tuple | None = None,  # (low, high) of an array that is not uint8
 ) -> Tensor:  # (N,C,H,W) uint8
     """Images from an array. `ValueError` with what is accepted.
 
     Args:
         x: array or tensor
-        channels: more than 3: so many are in the array; 1: grey
+        channels: 2, or more than 3: so many are in the array; 1: grey
         value_range: (low, high) of an array that is not uint8
 
     Returns:
@@ -82,7 +82,8 @@ def array_images(
     if channels == 1 and x.shape[1] == 3:
         gray = [as_channels(i.permute(1, 2, 0).numpy(), 1) for i in x.cpu()]
         return torch.from_numpy(np.stack(gray)).permute(0, 3, 1, 2).contiguous()
-    return x.expand(-1, 1 if channels == 1 else max(3, x.shape[1]), -1, -1).contiguous()
+    grey = x.shape[1] == 1 and channels in (None, 3)
+    return x.expand(-1, 3 if grey else x.shape[1], -1, -1).contiguous()
 
 
 def given_labels(

@@ -20,7 +20,7 @@ from .knn import topk_similar
 from .panels import named_encoders, picture_table, require_columns, shortened
 from .patches import patch_features, whole_features
 from ..ground.checks import require, require_choice, require_int
-from ..ground.plots import RIGHT, VIEW2, WRONG
+from ..ground.plots import RIGHT, VIEW2, WRONG, as_picture
 from ..ground.text import in_picture
 
 # %% ../../nbs/evaluation/14_figures.ipynb #11fe5d34
@@ -119,7 +119,7 @@ def _frame(ax, store, i, color, title):
     "One image of a store in a coloured frame."
     x = store[i]
     x = resize_center_crop(x, min(96, *x.shape[-2:]))
-    ax.imshow(x.permute(1, 2, 0).cpu().numpy(), interpolation='nearest')
+    ax.imshow(as_picture(x).numpy(), interpolation='nearest')
     ax.set(xticks=[], yticks=[])
     ax.set_title(in_picture(title), fontsize=9, pad=3)
     if store.encoded is not None:

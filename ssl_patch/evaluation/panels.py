@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .cache import cached_features, hash_tensors
 from .features import RawPixels, eval_resize, size_and_device
 from ..ground.checks import require, require_choice, require_int
+from ..ground.plots import as_picture
 from ..views.loader import generator_for
 
 # %% ../../nbs/evaluation/12_panels.ipynb #16448241
@@ -320,7 +321,7 @@ def picture_table(
     size = (wide * len(words), tall * rows + head)
     fig, axs = plt.subplots(rows, len(words), figsize=size, squeeze=False)
     for i, row in enumerate(axs):
-        row[0].imshow(pictures[i].permute(1, 2, 0).cpu().numpy())
+        row[0].imshow(as_picture(pictures[i]).numpy())
         for ax, column in zip(row[1:], columns.values()):
             draw(ax, i, column)
         for ax in row:

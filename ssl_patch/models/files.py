@@ -22,7 +22,8 @@ from .external import fill_encoder, wrap
 from .interface import Encoder, build_encoder, check_spec, encoder_kinds, spec_of
 from .libraries import library_name
 from .shipped import trained_encoders
-from .weights import doubt_heads, first_line, read_weights, weight_suffixes
+from .weights import doubt_heads, first_line, read_weights
+from .weights import require_same_grid, weight_suffixes
 
 # %% ../../nbs/models/07_files.ipynb #431ba60f
 def save_encoder(
@@ -254,6 +255,7 @@ def _filled(path, arch, arch_args, size, resize, tower, seed):
     prints = state.get('trained_on')  # files and checkpoints of this library know their images
     prints = _require_prints(prints, path) if spec else None
     encoder = _network_for(path, spec, arch, arch_args, size, resize, seed)
+    require_same_grid(encoder, spec)
     try:
         found = fill_encoder(encoder, state, which)
     except Exception as e:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['weight_suffixes', 'flatten_state', 'tower_of', 'Found', 'find_weights', 'from_timm_state', 'to_timm_state',
-           'resampled_positions', 'doubt_heads', 'first_line', 'read_weights']
+           'resampled_positions', 'doubt_heads', 'require_same_grid', 'first_line', 'read_weights']
 
 # %% ../../nbs/models/04_weights.ipynb #b4cc009b
 import re
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..ground.checks import require
+from ..ground.checks import height_width, require, size_words
 from ..ground.files import require_undamaged
 
 # %% ../../nbs/models/04_weights.ipynb #b47660a9
@@ -339,6 +339,24 @@ def doubt_heads(
             '6, and nothing in the weights tells. arch_args=dict(num_heads=12)',
             stacklevel=4,
         )
+
+
+def require_same_grid(
+    encoder: nn.Module,  # to be filled
+    spec: dict | None,  # of the file, where that has one
+):
+    """`ValueError` unless positions of a ViT of ours are for the grid that a file has them for.
+
+    Args:
+        encoder: to be filled
+        spec: of the file, where that has one
+    """
+    size, known = (spec or {}).get('size'), encoder.spec.get('size')
+    if (spec or {}).get('kind') != 'vit' or not {list, tuple} & {type(size), type(known)}:
+        return
+    fits = height_width(size) == height_width(known)
+    words = f'for {size_words(size)} pixels, as the file; open_encoder(FILE, size=...) resamples'
+    require(fits, 'arch', words, size_words(known))
 
 # %% ../../nbs/models/04_weights.ipynb #b308e509
 weight_suffixes = ('.pt', '.pth', '.tar', '.ckpt', '.safetensors', '.bin')  # of files of weights

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data.images import Images, resize_center_crop
 from ..ground.checks import height_width, require, require_int
+from ..ground.plots import as_picture
 from ..ground.threads import stay
 from .recipes import FinetuneConfig
 from ..views.loader import generator_for, seed_for
@@ -239,7 +240,7 @@ def _draw_rows(rows, names):
     for row, (title, x, t) in zip(axs, rows):
         row[0].set_ylabel(title, fontsize=10)
         for i, ax in enumerate(row):
-            ax.imshow(x[i].clamp(0, 1).permute(1, 2, 0).numpy(), interpolation='nearest')
+            ax.imshow(as_picture(x[i]).numpy(), interpolation='nearest')
             ax.set(xticks=[], yticks=[])
             for s in ax.spines.values():
                 s.set_visible(False)

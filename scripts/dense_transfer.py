@@ -53,7 +53,7 @@ def done(path) -> set:
     return {(r['encoder'], r['seed'], r['settings']['run']) for r in rows}
 
 
-def main():
+def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('runs', help='a folder of run folders')
     parser.add_argument('--camvid', help='CamVid, as SegNet has it; left out: no segmentation')
@@ -61,7 +61,7 @@ def main():
     parser.add_argument('--out', required=True, help='file of records, one a line')
     parser.add_argument('--only', default='', help='encoders whose name has this word')
     parser.add_argument('--seeds', type=int, nargs='*', help='these alone; by default all')
-    given = parser.parse_args()
+    given = parser.parse_args(words)
     torch.set_num_threads(1)
 
     data = {}

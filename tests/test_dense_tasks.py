@@ -329,6 +329,34 @@ def test_the_shell_measures_dense_tasks(tmp_path, capsys):
     assert said(Probe(runs=('x',), protocols=('depth',)).measure, ['depth needs --data'])
 
 
+def test_the_script_measures_what_is_missing(tmp_path, monkeypatch, capsys):
+    from ssl_patch.models.files import save_encoder
+    from test_scripts import script
+
+    for part in ('train', 'test'):
+        write_pairs(tmp_path / 'CamVid', part, high=11)
+        write_pairs(tmp_path / 'room', part, depth=True)
+        for kind, folder in (('masks', 'CamVid'), ('depth', 'room')):
+            lines = [f'{part}/images/{i}.png {part}/{kind}/{i}.png' for i in range(3)]
+            (tmp_path / folder / f'{part}.txt').write_text('\n'.join(lines))
+    run = tmp_path / 'runs' / 'Tiny_net_seed3'
+    run.mkdir(parents=True)
+    save_encoder(tiny_resnet(), run / 'encoder.safetensors')
+    tool = script('dense_transfer')
+    brief = {k: v | dict(epochs=1, batch_size=3, channels=8) for k, v in tool.RUNS.items()}
+    monkeypatch.setattr(tool, 'RUNS', brief)
+    monkeypatch.setattr(tool, 'SIZE', (16, 16))
+    out = tmp_path / 'found.jsonl'
+    words = [str(tmp_path / 'runs'), '--camvid', str(tmp_path / 'CamVid'), '--out', str(out)]
+    tool.main(words)
+    found = load_records(out)
+    assert {(r.encoder, r.seed) for r in found} == {('random resnet', 3), ('Tiny net', 3)}
+    assert len(found) == 4 and {r.metric for r in found} == {'mIoU'}
+    tool.main([*words, '--rgbd', str(tmp_path / 'room')])
+    assert len(load_records(out)) == 8 and len(out.read_text().splitlines()) == 8
+    assert capsys.readouterr().out.count('segmentation_linear') == 2  # nothing twice
+
+
 # ---- collages
 
 

@@ -122,17 +122,18 @@ def _coco_tables(path):
 def coco_boxes(
     folder,  # of the images
     annotations,  # path of the instances file
-    masks: bool = False,  # also masks
     name: str = '',  # of the store; '': that of the file
-) -> BoxImages:
+) -> BoxImages:  # with masks, where every object has one
     """One split in COCO's layout. `FileNotFoundError` names what is missing, `ValueError` the file
     and entry that is wrong.
 
     Args:
         folder: of the images
         annotations: path of the instances file
-        masks: also masks
         name: of the store; '': that of the file
+
+    Returns:
+        with masks, where every object has one
     """
     path = Path(annotations).expanduser()
     pictures, notes, categories = _coco_tables(path)
@@ -141,6 +142,7 @@ def coco_boxes(
     by_id = {p['id']: p for p in pictures}
     twice = len(by_id) != len(pictures)
     require(not twice, f'{path}, images', 'ids that are all different', f'{len(pictures)} images')
+    masks = all(a.get('segmentation') for a in notes)
     rows = defaultdict(lambda: ([], [], [], []))
     for n, a in enumerate(notes):
         where = f'{path}, annotations[{n}]'
@@ -160,7 +162,7 @@ def coco_boxes(
         labels.append(numbers[a['category_id']])
         crowd.append(bool(a.get('iscrowd', 0)))
         if masks:
-            _require_code(a.get('segmentation'), (picture['height'], picture['width']), where)
+            _require_code(a['segmentation'], (picture['height'], picture['width']), where)
             codes.append(a['segmentation'])
     objects, told = [], [(p['height'], p['width']) for p in pictures]
     for p, size in zip(pictures, told):
@@ -179,6 +181,7 @@ def collage_boxes(
     size=64,  # pixels: a whole number, or (height, width)
     split: str = 'train',  # 'train' or 'test'
     seed: int = 0,  # of the collection
+    most: int = 4,  # shapes in each
 ) -> BoxImages:
     """Synthetic images with boxes and masks, in memory: shapes cut from photographs.
 
@@ -187,8 +190,9 @@ def collage_boxes(
         size: pixels: a whole number, or (height, width)
         split: 'train' or 'test'
         seed: of the collection
+        most: shapes in each
     """
-    drawn = [draw_collage(i, size, seed, split) for i in range(n)]
+    drawn = [draw_collage(i, size, seed, split, most) for i in range(n)]
     told = [Objects(c.boxes, c.labels - 1, masks=MaskTensor(c.masks)) for c in drawn]
     return BoxImages([c.image for c in drawn], told, shapes, f'collages (synthetic) {split}')
 
@@ -219,7 +223,7 @@ def _open_voc(root, train, test, classes, masks):
     return [voc_boxes(root, s, classes, masks) for s in (train, test)]
 
 
-def _open_coco(place, train, test, masks):
+def _open_coco(place, train, test):
     notes = {
         p.stem.removeprefix('instances_'): p for p in place.glob('annotations/instances_*.json')
     }
@@ -227,15 +231,15 @@ def _open_coco(place, train, test, masks):
     test = _first_of(notes, ('val2017', 'val2014', 'val', 'test'), test, place)
     for s in (train, test):
         require_choice(s, 'split', notes)
-    return [coco_boxes(place / s, notes[s], masks, f'{place.name} {s}') for s in (train, test)]
+    return [coco_boxes(place / s, notes[s], f'{place.name} {s}') for s in (train, test)]
 
 
 def detection_data(
-    source,  # a folder in the layout of VOC, COCO or Penn-Fudan, or 'collages'
+    folder,  # in the layout of VOC, COCO or Penn-Fudan; or 'collages'
     train: str | None = None,  # split to train on; None: the usual one that is there
     # split to measure on; None: the usual one that is there; of Penn-Fudan how many, the last ones
     test: str | int | None = None,
-    masks: bool = False,  # also masks, for Mask R-CNN
+    voc_masks: bool = False,  # of a VOC folder: the images of ImageSets/Segmentation, with masks
     classes: list | None = None,  # of a VOC layout that is not VOC; None: VOC's 20
     side: int | None = None,  # shrink to this longer side and hold in memory; None: as they are
     n_train: int | None = None,  # at most so many training images, at random; None: all
@@ -246,11 +250,11 @@ def detection_data(
     what is wrong or missing.
 
     Args:
-        source: a folder in the layout of VOC, COCO or Penn-Fudan, or 'collages'
+        folder: in the layout of VOC, COCO or Penn-Fudan; or 'collages'
         train: split to train on; None: the usual one that is there
         test: split to measure on; None: the usual one that is there; of Penn-Fudan how many, the
             last ones
-        masks: also masks, for Mask R-CNN
+        voc_masks: of a VOC folder: the images of ImageSets/Segmentation, with masks
         classes: of a VOC layout that is not VOC; None: VOC's 20
         side: shrink to this longer side and hold in memory; None: as they are
         n_train: at most so many training images, at random; None: all
@@ -260,26 +264,26 @@ def detection_data(
     for name, value in (('n_train', n_train), ('n_test', n_test)):
         require_int(value, name, least=1, optional=True)
     require_int(side, 'side', least=16, optional=True)
-    if source == 'collages':
+    if folder == 'collages':
         sizes = (('train', n_train or 200), ('test', n_test or 50))
         stores = [collage_boxes(n, side or 64, s, seed) for s, n in sizes]
         return DenseData(
             *(s.dense() for s in stores), 'collages (synthetic)', 'the class is a shape'
         )
-    place = Path(source).expanduser()
+    place = Path(folder).expanduser()
     if not place.is_dir():
-        raise FileNotFoundError(f"there is no folder {str(source)!r}; 'collages' needs none")
+        raise FileNotFoundError(f"there is no folder {str(folder)!r}; 'collages' needs none")
     if (place / 'PNGImages').is_dir():
         stores = [penn_fudan_boxes(place, s, test) for s in ('train', 'test')]
     elif isinstance(test, int):
         require(False, 'test', 'the name of a split', test)
     elif (place / 'annotations').is_dir():
-        stores = _open_coco(place, train, test, masks)
+        stores = _open_coco(place, train, test)
     elif root := _voc_root(place):
-        stores = _open_voc(root, train, test, classes, masks)
+        stores = _open_voc(root, train, test, classes, voc_masks)
     else:
         what = 'with ImageSets (VOC), annotations (COCO) or PNGImages (Penn-Fudan)'
-        require(False, 'source', f'a folder {what}, or collages', str(source))
+        require(False, 'folder', f'one {what}, or collages', str(folder))
     few = [s.sample(min(n or len(s), len(s)), seed) for s, n in zip(stores, (n_train, n_test))]
     small = [s.shrunk(side) if side else s for s in few]
     note = f'boxes of {len(small[0].classes)} classes'

@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'Detection', 'as_objects', 'show_detections']
 
 # %% ../../nbs/transfer/16_detection_task.ipynb #de7a0003
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +37,12 @@ METRICS = {
 }
 
 
-@dataclass(frozen=True)
-class Detection:
-    """Boxes, and masks where `detector.masks`, for `TaskTuner`. `ValueError` for what cannot be.
+@dataclass(frozen=True, kw_only=True)
+class Detection(DetectorConfig):
+    """Boxes, and masks where `masks`, for `TaskTuner`. `ValueError` for what cannot be.
 
     Args:
         classes: of objects
-        detector: how it is built
         metric: how AP is counted: 'coco', 'voc07' or 'voc'
         flip: probability of mirroring
         short: shorter side in training, pixels: one of these at random; (): as it is
@@ -53,7 +52,6 @@ class Detection:
     """
 
     classes: int  # of objects
-    detector: DetectorConfig = field(default_factory=DetectorConfig)  # how it is built
     metric: str = 'coco'  # how AP is counted: 'coco', 'voc07' or 'voc'
     flip: float = 0.5  # probability of mirroring
     short: tuple = ()  # shorter side in training, pixels: one of these at random; (): as it is
@@ -63,10 +61,8 @@ class Detection:
     float32 = True  # boxes are not computed in bfloat16
 
     def __post_init__(self):
+        super().__post_init__()
         require_int(self.classes, 'classes', least=1)
-        require(
-            isinstance(self.detector, DetectorConfig), 'detector', 'a DetectorConfig', self.detector
-        )
         require_choice(self.metric, 'metric', METRICS)
         require_number(self.flip, 'flip', least=0, most=1)
         require_range(self.jitter, 'jitter', 0.05, 20)
@@ -79,7 +75,7 @@ class Detection:
     @property
     def name(self) -> str:
         "How it is called in records."
-        return 'instance masks' if self.detector.masks else 'detection'
+        return 'instance masks' if self.masks else 'detection'
 
     def check(
         self,
@@ -104,11 +100,11 @@ class Detection:
             most = max(int(t.labels.max()) for t in targets if len(t)) + 1
             require(most <= self.classes, 'classes', f'at least {most}, as in {part}', self.classes)
             lack = sum(t.masks is None for t in targets if len(t))
-            if self.detector.masks:
+            if self.masks:
                 require(
                     not lack,
                     f'the {part} split',
-                    'one with masks: detection_data(masks=True)',
+                    'one with masks: see detection_data',
                     lack,
                 )
         return f'AP: {METRICS[self.metric]}'
@@ -122,7 +118,7 @@ class Detection:
         Args:
             encoder: has `stage_maps`
         """
-        return Detector(encoder, self.classes, self.detector, self.test_short, self.longest)
+        return Detector(encoder, self.classes, self, self.test_short, self.longest)
 
     def batch(
         self,
@@ -149,7 +145,7 @@ class Detection:
             if train:
                 image, objects = self.changed(image, objects, generator)
             target = dict(boxes=objects.boxes, labels=objects.labels + 1)
-            if self.detector.masks:
+            if self.masks:
                 none = torch.zeros(0, *image.shape[1:], dtype=torch.bool)
                 masks = objects.masks.read() if len(objects) else none
                 target['masks'] = masks.to(torch.uint8)
@@ -174,7 +170,7 @@ class Detection:
             (image, Objects)
         """
         draw = torch.rand(3, generator=generator).tolist()
-        if not self.detector.masks:  # masks need not be read
+        if not self.masks:  # masks need not be read
             objects = replace(objects, masks=None)
         if draw[0] < self.flip:
             image, objects = flip_scene(image, objects)
@@ -225,7 +221,7 @@ class Detection:
         for p in model(images):
             one = dict(boxes=p['boxes'].cpu(), labels=p['labels'].cpu() - 1)
             one['scores'] = p['scores'].float().cpu()
-            if self.detector.masks:
+            if self.masks:
                 one['masks'] = encode_masks(p['masks'][:, 0].cpu() > 0.5)
             found.append(one)
         return found
@@ -249,7 +245,7 @@ class Detection:
             return voc_scores(predictions, truths, 11 if self.metric == 'voc07' else None)
         told = lambda scores: {k: v for k, v in scores.items() if isinstance(v, float) and v >= 0}
         found = told(coco_scores(predictions, truths))
-        if self.detector.masks:
+        if self.masks:
             masks = told(coco_scores(predictions, truths, masks=True))
             found |= {f'mask {k}': v for k, v in masks.items()}
         return found
@@ -285,7 +281,7 @@ class Detection:
         Returns:
             name -> predictions
         """
-        if self.detector.masks:
+        if self.masks:
             return {}
         boxes, labels = [], []
         for i in range(len(train)):

@@ -93,10 +93,10 @@ class DetectorConfig:
         proposals: before and after suppression: train; test
         rpn_batch: anchors of an image that the first stage learns from
         box_batch: proposals of an image that the second stage learns from
-        score: least score of a detection
+        least_score: of a detection
         nms: overlap from which a less sure detection is dropped
         detections: most in an image
-        norm: batch-norm in the pyramid, or of 'c4' behind the fourth stage
+        neck_norm: batch-norm in the pyramid, or of 'c4' behind the fourth stage
     """
 
     # 'fpn': several maps; 'simple': a pyramid of one map; 'c4': the third stage, and the fourth as
@@ -111,19 +111,19 @@ class DetectorConfig:
     proposals: tuple = (2000, 1000, 1000, 1000)  # before and after suppression: train; test
     rpn_batch: int = 256  # anchors of an image that the first stage learns from
     box_batch: int = 512  # proposals of an image that the second stage learns from
-    score: float = 0.05  # least score of a detection
+    least_score: float = 0.05  # of a detection
     nms: float = 0.5  # overlap from which a less sure detection is dropped
     detections: int = 100  # most in an image
-    norm: bool = False  # batch-norm in the pyramid, or of 'c4' behind the fourth stage
+    neck_norm: bool = False  # batch-norm in the pyramid, or of 'c4' behind the fourth stage
 
     def __post_init__(self):
         require_choice(self.neck, 'neck', ('auto', 'fpn', 'simple', 'c4'))
         for name in ('channels', 'finest', 'hidden', 'mask_channels', 'rpn_batch', 'box_batch'):
             require_int(getattr(self, name), name, least=1)
         require_int(self.detections, 'detections', least=1)
-        for name in ('masks', 'norm'):
+        for name in ('masks', 'neck_norm'):
             require_choice(getattr(self, name), name, (True, False))
-        for name in ('score', 'nms'):
+        for name in ('least_score', 'nms'):
             require_number(getattr(self, name), name, least=0, most=1)
         sides = isinstance(self.anchors, (tuple, list)) and len(self.anchors) > 0
         require(sides, 'anchors', 'sides in strides, such as (8,)', self.anchors)
@@ -141,13 +141,13 @@ class Backbone(nn.Module):
 
     Args:
         encoder: has `stage_maps`, `stage_dims` and `stage_strides`
-        config: neck, channels, finest, norm
+        config: neck, channels, finest, neck_norm
     """
 
     def __init__(
         self,
         encoder: nn.Module,  # has `stage_maps`, `stage_dims` and `stage_strides`
-        config: DetectorConfig,  # neck, channels, finest, norm
+        config: DetectorConfig,  # neck, channels, finest, neck_norm
     ):
         super().__init__()
         what = 'one with stage_maps: a ResNet, a ViT, or what open_encoder and wrap give'
@@ -169,7 +169,7 @@ class Backbone(nn.Module):
             require(len(strides) > 1, 'neck', several, config.neck)
             used = [k for k, s in enumerate(strides) if s >= config.finest] or [len(strides) - 1]
             self.first, self.strides = used[0], strides[used[0] :]
-            norm = nn.BatchNorm2d if config.norm else None
+            norm = nn.BatchNorm2d if config.neck_norm else None
             self.pyramid = FeaturePyramidNetwork(dims[used[0] :], config.channels, norm_layer=norm)
         else:
             sides = [strides[-1] / f for f in SimplePyramid.factors]
@@ -323,7 +323,7 @@ class Detector(nn.Module):
     Args:
         encoder: has `stage_maps`; it is not copied
         classes: of objects, background not counted
-        config: how it is built
+        config: how it is built; None: the usual detector
         short: shorter side of test images, pixels; None: as they are
         longest: most pixels of the longer side of test images
     """
@@ -332,13 +332,14 @@ class Detector(nn.Module):
         self,
         encoder: nn.Module,  # has `stage_maps`; it is not copied
         classes: int,  # of objects, background not counted
-        config: DetectorConfig,  # how it is built
+        config: DetectorConfig | None = None,  # how it is built; None: the usual detector
         short: int | None = None,  # shorter side of test images, pixels; None: as they are
         longest: int = 1333,  # most pixels of the longer side of test images
     ):
         super().__init__()
         require_int(classes, 'classes', least=1)
-        c, body = config, Backbone(encoder, config)
+        c = config or DetectorConfig()
+        body = Backbone(encoder, c)
         is_c4, strides = body.neck == 'c4', body.strides
         bins = 14 if is_c4 else 7
         levels = [*strides, strides[-1] * 2] if body.pool is not None else strides
@@ -348,7 +349,7 @@ class Detector(nn.Module):
         parts = dict(
             rpn_anchor_generator=AnchorGenerator(sides, ((0.5, 1.0, 2.0),) * len(levels)),
             box_roi_pool=_roi_pool(strides, bins),
-            box_head=FourthStage(encoder, c.norm, True) if is_c4 else head,
+            box_head=FourthStage(encoder, c.neck_norm, True) if is_c4 else head,
             box_predictor=FastRCNNPredictor(width, classes + 1),
             rpn_pre_nms_top_n_train=c.proposals[0],
             rpn_post_nms_top_n_train=c.proposals[1],
@@ -356,7 +357,7 @@ class Detector(nn.Module):
             rpn_post_nms_top_n_test=c.proposals[3],
             rpn_batch_size_per_image=c.rpn_batch,
             box_batch_size_per_image=c.box_batch,
-            box_score_thresh=c.score,
+            box_score_thresh=c.least_score,
             box_nms_thresh=c.nms,
             box_detections_per_img=c.detections,
         )
@@ -366,7 +367,7 @@ class Detector(nn.Module):
             maps = MaskRCNNHeads(body.out_channels, row, 1)
             parts |= dict(
                 mask_roi_pool=_roi_pool(strides, 14),
-                mask_head=FourthStage(encoder, c.norm, False) if is_c4 else maps,
+                mask_head=FourthStage(encoder, c.neck_norm, False) if is_c4 else maps,
                 mask_predictor=MaskRCNNPredictor(wide, c.mask_channels, classes + 1),
             )
         kind = MaskRCNN if c.masks else FasterRCNN

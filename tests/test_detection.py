@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ssl_patch.cli import main
 from ssl_patch.data.box_files import penn_fudan_boxes, voc_boxes
 from ssl_patch.data.boxes import BoxImages, Objects
 from ssl_patch.data.collages import draw_collage, shapes
@@ -17,6 +18,7 @@ from ssl_patch.data.dense import DenseData
 from ssl_patch.data.detection_sets import coco_boxes, collage_boxes, detection_data
 from ssl_patch.evaluation.records import load_records
 from ssl_patch.models.encoders import resnet, vit
+from ssl_patch.models.files import save_encoder
 from ssl_patch.transfer.detection import detection, detection_recipes
 from ssl_patch.transfer.detection_task import Detection, show_detections
 from ssl_patch.transfer.detectors import Backbone, Detector, DetectorConfig
@@ -450,3 +452,21 @@ def test_a_picture_shows_what_was_found():
     fig = show_detections(data.test, [none] * 3, cols=2)
     titles = [ax.get_title() for ax in fig.axes if ax.get_title()]
     assert len(titles) == 6 and titles.count('AP50 0.00, 0 below 0.5') == 3
+
+
+def test_detection_in_a_shell(tmp_path, capsys):
+    write_penn_fudan(tmp_path / 'penn')
+    save_encoder(resnet('resnet18', 32, 'half', width=8), tmp_path / 'encoder.safetensors')
+    words = ['--encoder', tmp_path / 'encoder.safetensors', '--data', tmp_path / 'penn']
+    words += ['--protocols', 'detection', '--out', tmp_path / 'out', '--settings']
+    words += [
+        f'detection.{w}' for w in ('test=2', 'side=32', 'steps=2', 'batch_size=2', 'hidden=16')
+    ]
+    words += ['detection.channels=16', 'detection.masks=True', 'detection.mask_channels=8']
+    main(['probe', *map(str, words)])
+    assert 'fine-tuning, instance masks' in capsys.readouterr().out
+    (r,) = load_records(tmp_path / 'out')
+    assert (r.n_train, r.n_test, r.settings['masks']) == (3, 2, True) and 'mask AP' in r.chosen
+    with pytest.raises(SystemExit, match='2'):
+        main(['probe', *map(str, words), 'detection.stepz=2'])
+    assert "did you mean 'steps'" in capsys.readouterr().err

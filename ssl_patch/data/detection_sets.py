@@ -286,6 +286,7 @@ def detection_data(
         require(False, 'folder', f'one {what}, or collages', str(folder))
     few = [s.sample(min(n or len(s), len(s)), seed) for s, n in zip(stores, (n_train, n_test))]
     small = [s.shrunk(side) if side else s for s in few]
-    note = f'boxes of {len(small[0].classes)} classes'
+    named = small[0].classes
+    note = f'boxes of {", ".join(named[:3])}' + (f' and {len(named) - 3} more' if named[3:] else '')
     note += f', images of at most {side} pixels a side' if side else ''
     return DenseData(*(s.dense() for s in small), place.name, note)

@@ -15,7 +15,8 @@ from ..data.detection_sets import detection_data
 from ..data.masks import cityscapes_masks, folder_masks, open_masks, voc_masks
 from ..evaluation.records import Record
 from ..ground.checks import require_known
-from ..transfer.depth import Depth, depth
+from ..models.files import open_encoder
+from ..transfer.depth import Depth, monocular_depth
 from ..transfer.detection import detection
 from ..transfer.detection_task import Detection
 from ..transfer.segmentation import Segmentation, segmentation
@@ -42,7 +43,7 @@ class DenseProtocol:
     def of_task(self) -> set:
         "Settings that task and run take."
         mine = set(inspect.signature(measure_task).parameters)
-        mine -= {'encoder', 'task', 'data', 'config', 'more', 'told', 'supervised'}
+        mine -= {'encoder', 'task', 'data', 'config', 'more', 'told'}
         fields = {*self.task.__dataclass_fields__, *TaskConfig.__dataclass_fields__}
         return (fields | mine | {'recipe', *RUN_OPTIONS}) - self.of_data
 
@@ -54,7 +55,7 @@ dense_protocols = dict(
         Segmentation,
         segmentation,
     ),
-    depth=DenseProtocol(open_depths, (collages, folder_depths), Depth, depth),
+    depth=DenseProtocol(open_depths, (collages, folder_depths), Depth, monocular_depth),
     detection=DenseProtocol(detection_data, (detection_data,), Detection, detection),
 )
 
@@ -75,4 +76,7 @@ def measure_dense(
     if key not in opened:
         opened[key] = p.open(source, **of_data)
     rest = {k: v for k, v in settings.items() if k not in of_data}
+    if 'supervised' in rest:  # a word, as --encoder takes it
+        device = next(encoder.parameters()).device
+        rest['supervised'] = open_encoder(rest['supervised'], encoder.size).to(device)
     return p.measure(encoder, opened[key], **shared | rest)

@@ -169,7 +169,7 @@ class BoxImages(Images):
         as_many = f'{len(pictures)} `Objects`, one for each image'
         require(len(objects) == len(pictures), 'objects', as_many, f'{len(objects)}')
         self.pictures, self.objects, self.sizes = pictures, list(objects), sizes
-        self.broken = set()  # files that could not be decoded
+        self.broken = set()  # names of files that could not be decoded; parts of a store share it
         labels = [int(o.labels.max()) for o in self.objects if len(o)]
         fits = f'at most {len(self.classes) - 1}, the last of {len(self.classes)} classes'
         require(max(labels, default=0) < len(self.classes), 'labels', fits, max(labels, default=0))
@@ -199,7 +199,7 @@ class BoxImages(Images):
             try:
                 image = decode(self.pictures.read(j))
             except Exception as e:
-                self.broken.add(j)
+                self.broken.add(self.pictures.name(j))
                 said = f'{plain(self.pictures.name(j))} cannot be decoded ({short_reason(e)})'
                 warnings.warn(f'{self.name}: {said}; the next image stands in for it')
                 continue
@@ -217,7 +217,10 @@ class BoxImages(Images):
         """
         n = len(self)
         i = range(n)[int(i)]
-        found = next((j % n for j in range(i, i + n) if j % n not in self.broken), None)
+        if not self.broken:
+            return i
+        whole = (j % n for j in range(i, i + n) if self.pictures.name(j % n) not in self.broken)
+        found = next(whole, None)
         if found is None:
             raise RuntimeError(f'{self.name}: none of the {n} images can be decoded')
         return found
@@ -261,8 +264,7 @@ class BoxImages(Images):
     @property
     def skipped(self) -> list:
         "(name, reason) of every image that could not be read, those found so far among them."
-        late = [(self.pictures.name(j), 'cannot be decoded') for j in sorted(self.broken)]
-        return self._skipped + late
+        return self._skipped + [(n, 'cannot be decoded') for n in sorted(self.broken)]
 
     def subset(self, indices) -> 'BoxImages':
         "The images with these numbers, as a store."
@@ -272,7 +274,9 @@ class BoxImages(Images):
         sizes = self.sizes and [self.sizes[i] for i in idx]
         encoded = None if files or self.encoded is None else self.encoded.pick(idx)
         rest = self.classes, self.name, self._skipped, sizes, encoded
-        return BoxImages(pictures, [self.objects[i] for i in idx], *rest)
+        part = BoxImages(pictures, [self.objects[i] for i in idx], *rest)
+        part.broken = self.broken
+        return part
 
     def shrunk(
         self,

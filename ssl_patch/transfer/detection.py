@@ -77,7 +77,7 @@ detection_recipes = {  # name -> settings of the task, settings of the run, wher
             jitter=(0.8, 1.25),
             longest=128,
         ),
-        dict(steps=400, batch_size=8, lr=3e-3, warmup_steps=40, grad_clip=5.0),
+        dict(steps=800, batch_size=4, lr=2e-3, warmup_steps=40, grad_clip=5.0),
         'ours: for images of 64 to 128 pixels and two cores',
     ),
 }

@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 from .data.collages import collages
 from .data.depths import open_depths
+from .data.clips import show_strips
 from .data.detection_sets import detection_data
 from .data.images import show_images
 from .data.masks import open_masks
 from .data.photographs import photo, photo_names
 from .data.sources import images
+from .data.video_sources import moving_collages, videos
 from .evaluation.embeddings import show_embedding
 from .evaluation.features import remeasure_stats
 from .evaluation.figures import show_neighbours, show_patch_pca
@@ -45,17 +47,22 @@ from .methods.patch_loss import PatchLosses
 from .methods.repco import RepCo, RepCoLoss
 from .methods.ressl import ReSSL, ReSSLLoss
 from .methods.sce import SCE, SCELoss
+from .methods.sce_video import SCEVideo
+from .methods.space_time import SpaceTimeSampler
 from .models.encoders import resnet, vit
 from .models.external import wrap
 from .models.files import load_encoder, open_encoder
 from .models.heads import mlp
 from .models.momentum import Queue, ema
+from .models.video_encoders import inflated, slow_resnet, tubelet_vit
 from .reports.compare import compare
 from .reports.runs import load_runs
 from .training.pretrain import Pretrainer
 from .transfer.depth import Depth, monocular_depth
 from .transfer.detection import detection
 from .transfer.few_labels import finetune, semi_supervised
+from .transfer.video import video_finetune, video_linear
+from .transfer.video_retrieval import video_retrieval
 from .transfer.segmentation import Segmentation, segmentation
 from .transfer.task import TaskTuner
 from .transfer.task_config import TaskConfig
@@ -72,6 +79,7 @@ from ssl_patch.views.augmentations import (
     show_augmentation,
     show_views,
 )
+from .views.clips import aug_clip_a, aug_clip_b
 
 # %% ../nbs/all.ipynb #022d230c
 __all__ = sorted(name for name in globals() if not name.startswith('_'))

@@ -201,7 +201,7 @@ class Probe:
 
     data: str | None = None
     'labelled data with a test split, or a VOC folder; by default the data of the run. For dense '
-    "tasks a folder with masks or depth, or 'collages'"
+    "tasks a folder with masks, depth or boxes, or 'collages'"
 
     subset: int | None = None
     'use this many of the training images; by default those that the run was trained on'
@@ -216,8 +216,9 @@ class Probe:
     'that a clip tells of, for encoders of clips; by default that of the run, or 2.56'
 
     protocols: tuple[str, ...] = ('knn', 'linear')
-    """of knn, linear, linear_probe, logistic, svm, retrieval, finetune, semi_supervised; of masks
-    or depth files segmentation, depth; of clips video_linear, video_finetune, video_retrieval"""
+    """of knn, linear, linear_probe, logistic, svm, retrieval, finetune, semi_supervised; of masks,
+    depth files or boxes segmentation, depth, detection; of clips video_linear, video_finetune,
+    video_retrieval"""
 
     settings: tuple[str, ...] = ()
     'of these, e.g. --settings knn.k=200 knn.T=.1 linear_probe.config=sce'

@@ -409,10 +409,7 @@ def split_columns(
     return key, heads
 
 # %% ../../nbs/evaluation/03_records.ipynb #2463cb4d
-_CHANCE = dict(
-    delta1='of delta1, the median training depth everywhere',
-    AP='of AP, the average training box of every class',
-)
+_CHANCE = dict(delta1='of delta1, the median training depth everywhere', AP='of AP, mean boxes')
 
 
 def footnotes(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ssl_patch.cli import parsed
 from ssl_patch.reports.campaign import job_state, read_plan, run_plan
 from ssl_patch.reports.runs import load_runs
 
@@ -130,3 +131,15 @@ def test_a_named_commit_makes_the_runs(tmp_path):
     (tmp_path / 'runs' / '.campaign' / 'MoCo_v2_seed0.json').unlink()
     with pytest.raises(ValueError, match='never-was'):
         run_plan(read_plan(file))
+
+
+@pytest.mark.parametrize(
+    'file', sorted((HOME / 'nbs/results/plans').glob('*.ini')), ids=lambda f: f.stem
+)
+def test_the_plans_of_the_results_are_commands_that_build(file):
+    plan = read_plan(file)
+    for job in plan.jobs:
+        train, *probes = (parsed(list(words)) for words in job.commands)
+        assert probes
+        if train.seed == 0:
+            assert train.build_method().name

@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ssl_patch.models.files import load_encoder
+from ssl_patch.models.shipped import trained_encoders
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -79,3 +82,17 @@ def test_make_has_what_it_names():
         assert re.search(rf'^{target}:.*## \S', text, re.M), f'{target} has no rule, or no help'
     for path in re.findall(r'scripts/\w+\.\w+', text):
         assert (ROOT / path).is_file()
+
+
+def test_trained_encoders_are_those_of_the_script_and_say_what_they_are():
+    files = trained_encoders()
+    assert set(files) == set(script('train_encoders').ENCODERS)
+    assert sum(path.stat().st_size for path in files.values()) < 1_300_000
+    for name, path in files.items():
+        card = load_encoder(path).card
+        assert card['command'].endswith(f'train_encoders.py {name}')
+        assert card['data'] and card['licence'] and card['what']
+        assert {'raw pixels', 'random encoder'} <= set(card['knn_baselines'])
+    gain = {n: load_encoder(p).card for n, p in files.items()}
+    gain = {n: c['knn'] - c['knn_baselines']['random encoder'] for n, c in gain.items()}
+    assert gain['aps_photos'] > 0.1 > 0 > gain['collapsed_photos']

@@ -302,11 +302,12 @@ def show_gain(
         left.axhline(chance, color='grey', linestyle=':', label='chance')
         left.legend(frameon=False)
     left.set(xlabel='epoch', title='The loss')
+    left.xaxis.get_major_locator().set_params(integer=True)
     bars = {name: record.value} | dict(record.baselines)
     bars = bars | ({'chance': record.chance} if record.chance is not None else {})
     colors = [VIEW2] + ['0.75'] * (len(bars) - 1)
     drawn = right.barh(list(bars), list(bars.values()), color=colors)
     right.bar_label(drawn, fmt='%.3f', padding=3)
-    right.set(xlim=(0, 1.12 * max(bars.values())), title=f'What it is worth: {record.protocol}')
+    right.set(xlim=(0, 1.25 * max(bars.values())), title=f'What it is worth: {record.protocol}')
     plt.close(fig)
     return fig

@@ -31,7 +31,6 @@ from ssl_patch.models.video_encoders import (
     torchvision_video_names,
     tubelet_vit,
 )
-from ..views.augmentations import Augmentation
 
 # %% ../../nbs/commands/01_words.ipynb #c1000006
 def parse_options(
@@ -125,11 +124,12 @@ def change_augmentations(
 ):
     "Numbers of a method's augmentations, changed in every view. `ValueError` for a wrong one."
     changes = parse_options(words, taken=('size',))
-    numbers = [f.name for f in fields(Augmentation) if f.name not in ('size', 'name')]
+    views = method.augmentations
+    names = [[f.name for f in fields(a)] for a in views]  # those of clips have one more
+    numbers = [n for n in names[0] if n not in ('size', 'name') and all(n in ns for ns in names)]
     require_known(changes, '--augmentation', numbers)
     said = ' '.join(f'{k}={v}' for k, v in changes.items())
     if changes:
-        views = method.augmentations
         changed = (replace(a, **changes, name=f'{a.name} ({said})') for a in views)
         method.augmentations = tuple(changed)
 

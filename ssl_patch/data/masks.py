@@ -193,7 +193,7 @@ def folder_masks(
     for parts in ((train,), (test,) if test else TESTS):
         part, pairs = find_pairs(root, parts, _MASK_FOLDERS, _BESIDE)
         splits.append(open_pairs(root, pairs, read, classes, f'{root.name} {part}', told))
-    note = f'{len(classes)} classes; {list(ignore)} in a mask does not count'
+    note = f'{list(ignore)} in a mask does not count'
     return settled(splits, root.name, note, size)
 
 

@@ -84,7 +84,8 @@ def read_list(
         if not words or words[1:] == ['None']:
             without += bool(words)
             continue
-        require(len(words) == 2, where, 'an image and its target', line)
+        hint = '' if ends else ' (of a name alone, ends=... says how both end)'
+        require(len(words) == 2, where, f'an image and its target{hint}', line)
         found.append(Pair(*(_placed(root, w) for w in words), where))
     require(found, str(path), 'a list of at least one pair', f'{len(lines)} lines without one')
     if without:

@@ -321,7 +321,7 @@ _MMSEG_RUN = dict(**_SGD, lr=0.01, weight_decay=5e-4, schedule='poly', min_lr=1e
 _MOCO_SOURCE = 'He et al. 2020 (MoCo), appendix: '
 _MMSEG_SOURCE = (
     'mmselfsup 1.0, configs/benchmarks/mmsegmentation; ours: all 3x3 of a dilated stage are '
-    'dilated alike (its first block is dilated half as much there): '
+    'dilated alike (its first block half as much there), corners of maps are not aligned: '
 )
 
 segmentation_recipes = {  # name -> settings of the task, settings of the run, where they are from

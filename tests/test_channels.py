@@ -277,6 +277,20 @@ def test_the_shell_from_tiffs_of_four_bands(tmp_path, capsys):
     main(['probe', out, '--protocols', 'knn', '--settings', 'knn.k=5', '--device', 'cpu'])
     told = capsys.readouterr().out
     assert 'knn' in told.lower() and 'raw pixels' in told
+    probe = [
+        'probe',
+        '--data',
+        data,
+        '--protocols',
+        'knn',
+        '--settings',
+        'knn.k=5',
+        '--device',
+        'cpu',
+    ]
+    main([*probe, '--encoder', 'timm/test_resnet', '--random', '--size', '32', '--channels', '4'])
+    assert 'raw pixels' in capsys.readouterr().out
+    assert refused([*probe, out, '--channels', '4'], capsys) and '--channels is for' in refused.told
 
 
 def refused(words, capsys):

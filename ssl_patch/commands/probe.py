@@ -193,6 +193,9 @@ class Probe:
     random: bool = False
     'timm/NAME or torchvision/NAME with random weights'
 
+    channels: int | None = None
+    'of --encoder: bands of the images, where it was made for others; its first layer is inflated'
+
     tower: str = 'online'
     "or 'momentum': the momentum encoder of a run, or of a checkpoint"
 
@@ -250,9 +253,8 @@ class Probe:
     ):
         "The encoder to measure, on its device."
         if self.encoder:
-            encoder = open_encoder(
-                self.encoder, self.size, self.arch, pretrained=not self.random, tower=self.tower
-            )
+            how = dict(pretrained=not self.random, tower=self.tower, channels=self.channels)
+            encoder = open_encoder(self.encoder, self.size, self.arch, **how)
         else:
             encoder = tower_encoder(run, self.tower)
         usual = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -325,7 +327,7 @@ class Probe:
 
     def check(self):
         "`ValueError` for wrong numbers, and for options that do not go together."
-        for name in ('subset', 'size', 'resize'):
+        for name in ('subset', 'size', 'resize', 'channels'):
             require_int(getattr(self, name), name, least=1, optional=True)
         if bool(self.runs) == bool(self.encoder):
             raise ValueError('give run folders, or --encoder')
@@ -340,7 +342,8 @@ class Probe:
                 raise ValueError(
                     f'--{name} is not for {dense[0]}; --settings {own}=... sets its own'
                 )
-        odd = [f'--{k}' for k in ('arch', 'random') if getattr(self, k)] if self.runs else []
+        of_one = ('arch', 'random', 'channels')  # of --encoder
+        odd = [f'--{k}' for k in of_one if getattr(self, k)] if self.runs else []
         if odd:
             raise ValueError(f'{odd[0]} is for --encoder; a run has its own')
         if len(self.runs) > 1 and self.out:

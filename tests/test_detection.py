@@ -384,24 +384,24 @@ def eight(masks=False):
     return DenseData(store, store, 'eight images')
 
 
-def brief(**changes):
+def brief(changes=(), **run):
     of_task, of_run, _ = detection_recipes['small']
-    own = dict(TINY, channels=32, hidden=64, jitter=(1.0, 1.0), flip=0.0) | changes
-    return Detection(classes=6, **of_task | own), TaskConfig(**of_run | dict(warmup_steps=10))
+    own = dict(TINY, channels=32, hidden=64, jitter=(1.0, 1.0), flip=0.0) | dict(changes)
+    quick = dict(batch_size=8, lr=3e-3, weight_decay=0.0, warmup_steps=10, steps=None)
+    return Detection(classes=6, **of_task | own), TaskConfig(**of_run | quick | run)
 
 
 def test_a_detector_overfits_eight_images():
-    task, config = brief()
+    task, config = brief(steps=140)
     encoder = resnet('resnet18', 64, 'half', width=8).reinitialized(1)
     how = dict(overlap='keep', progress='quiet')
-    run = TaskTuner(encoder, task, eight(), replace(config, steps=140), **how).fit()
+    run = TaskTuner(encoder, task, eight(), config, **how).fit()
     assert run.scores['AP'] > 0.9, run.scores
     assert run.task.per_image(run.predict(), run.data.test).min() > 0.9
 
 
 def test_an_interrupted_run_loses_nothing(tmp_path):
-    task, config = brief(masks=True)
-    config = replace(config, epochs=3, batch_size=4)
+    task, config = brief(dict(masks=True), epochs=3, batch_size=4)
     encoder = resnet('resnet18', 64, 'half', width=8).reinitialized(1)
     make = lambda **kw: TaskTuner(
         encoder, task, eight(), config, overlap='keep', progress='quiet', **kw

@@ -255,3 +255,18 @@ def test_another_number_of_threads_is_said(tmp_path, capsys):
     assert 'with threads 1 -> 2' in capsys.readouterr().out
     config = json.loads((tmp_path / 'r' / 'config.json').read_text())
     assert config['continued'][0]['changed'] == {'threads': [1, 2]}
+
+
+def test_several_processes_are_refused():
+    "Each would load the same batches, so that every key had a twin among its negatives."
+    process = script(
+        """
+    try:
+        make(None)
+    except ValueError as e:
+        print(e)
+    """,
+        env=os.environ | dict(PYTHONPATH=str(HOME), WORLD_SIZE='2', RANK='0'),
+    )
+    text = process.communicate(timeout=60)[0]
+    assert 'the number of processes (torchrun, WORLD_SIZE) must be 1' in text, text

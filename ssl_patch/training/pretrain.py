@@ -47,6 +47,7 @@ from ssl_patch.training.progress import (
 from ssl_patch.training.setup import (
     native_bf16,
     require_device,
+    require_one_process,
     resolve_config,
     to_device,
     without_test_images,
@@ -106,6 +107,7 @@ class Pretrainer:
         self.progress, self.timer, self.meter = Progress(progress), Timer(), Meter()
         require_channels(method.encoder, data.train)
         data = without_test_images(data, overlap)
+        require_one_process()
         self.device = require_device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         config = resolve_config(method, len(data.train), epochs, batch_size, train_config)
         self.lr = config.base_lr * config.batch_size / 256 if lr is None else lr

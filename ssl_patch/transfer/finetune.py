@@ -45,7 +45,7 @@ from ssl_patch.training.progress import (
     require_finite_loss,
     require_finite_weights,
 )
-from ..training.setup import native_bf16, require_device
+from ..training.setup import native_bf16, require_device, require_one_process
 from .augment import LabelledLoader, finetune_augmentation, mixed, seeded
 from ssl_patch.transfer.classifier import (
     Classifier,
@@ -171,6 +171,7 @@ class FineTuner:
         require_int(workers, 'workers', least=0)
         require_choice(watch, 'watch', (True, False))
         self.data, self.train, self.test, self.leak, self.kept = _clean(data, encoder, overlap)
+        require_one_process()
         self.device = require_device(str(device or here))
         self.config, self.epochs = settle_batch(config, len(self.train)), config.epochs
         self.seed, self.watch, self.workers = seed, watch, workers

@@ -39,7 +39,7 @@ from ssl_patch.training.progress import (
     require_finite_weights,
 )
 from ..training.run_folder import open_run
-from ..training.setup import native_bf16, require_device
+from ..training.setup import native_bf16, require_device, require_one_process
 from .augment import seeded
 from .finetune import learned_from, plot_finetune
 from .task_config import TaskConfig, TaskLoader, freeze_layers, task_lr
@@ -141,6 +141,7 @@ class TaskTuner:
         needs = 'data with a test split, to be measured on'
         require(data.test is not None or not watch, 'watch', f'False, or there be {needs}', watch)
         here = size_and_device(encoder, None, None)[1]
+        require_one_process()
         self.device = require_device(str(device or here))
         self.task, self.config, self.seed, self.watch = task, config, seed, watch
         self.name, self.overlap, self.workers = name or task.name, overlap, workers

@@ -13,6 +13,7 @@ from ssl_patch.data.dense import DenseData, DenseImages
 from ssl_patch.data.depths import folder_depths
 from ssl_patch.data.masks import folder_masks, open_masks
 from ssl_patch.data.pairs import read_list
+from ssl_patch.data.sources import images
 from ssl_patch.evaluation.records import load_records
 from ssl_patch.training.checkpoint import Stopped
 from ssl_patch.transfer.decoders import DenseModel, build_decoder
@@ -255,6 +256,18 @@ def test_an_image_that_breaks_later_stops_the_run_with_its_name(tmp_path):
         tiny_resnet(), task, data, TaskConfig(epochs=1, batch_size=3), **QUIET
     ).fit()
     assert said(run, ['train/images/2.png', 'cannot be read'])
+
+
+def test_no_image_stands_in_for_another_that_has_its_own_target(tmp_path):
+    for i in range(3):
+        Image.new('RGB', (16, 16), (80 * i, 0, 0)).save(tmp_path / f'{i}.png')
+    store = images(tmp_path, stream=True).train
+    (tmp_path / '1.png').write_bytes(b'gone')
+    split = DenseImages(store, torch.arange(3))
+    assert [int(split[i][1]) for i in (0, 2)] == [0, 2]
+    with pytest.warns(UserWarning, match='cannot be decoded'):
+        with pytest.raises(ValueError, match='1.png cannot be decoded.*its target would be wrong'):
+            split[1]
 
 
 def test_holes_in_depth_are_counted_and_not_learned_from(tmp_path):

@@ -71,7 +71,8 @@ def opened():
 
 
 def test_every_protocol_is_a_door():
-    assert set(protocols) == set(SETTINGS) == set(PYTHON)
+    of_clips = {'video_linear', 'video_finetune', 'video_retrieval'}  # see test_video.py
+    assert set(protocols) - of_clips == set(SETTINGS) == set(PYTHON)
 
 
 @pytest.mark.parametrize('protocol', SETTINGS)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .images import Images, TensorImages
 from ..ground.checks import require
+from ..ground.text import plain
 
 # %% ../../nbs/data/13_dense.ipynb #d3a00006
 def _hashed(h, thing):
@@ -59,7 +60,13 @@ class DenseImages:
         return len(self.images)
 
     def __getitem__(self, i) -> tuple:  # (image uint8 (C,H,W), its target)
-        return self.images[i], self.targets[i]
+        image = self.images[i]
+        if self.images.is_broken(i):
+            raise ValueError(
+                f'{self.name}: {plain(self.names[i])} cannot be decoded, and no other image can '
+                'stand in for it, as its target would be wrong: take both out'
+            )
+        return image, self.targets[i]
 
     @property
     def names(self) -> list:

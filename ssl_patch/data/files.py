@@ -257,6 +257,10 @@ class FileImages(Images):
             'nor can any image that could stand in for it'
         )
 
+    def is_broken(self, i) -> bool:
+        "Whether image i was found not to decode, so that another stands in for it."
+        return bool(self._broken[i])
+
     def _stand_ins(self, i):
         "i, then the images after it, around the end; those of the same class only."
         yield i

@@ -125,6 +125,10 @@ class Images:
         "(name, reason) of every image that could not be read."
         return list(self._skipped)
 
+    def is_broken(self, i) -> bool:
+        "Whether image i could not be decoded, so that another stands in for it."
+        return False
+
     @property
     def names(self) -> list | None:
         "Name of every image's file, or None if the images are not from files."

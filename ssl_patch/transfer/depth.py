@@ -274,7 +274,7 @@ class Depth:
 
     def predict(self, model, data, rows, device):
         "Metres (H,W), at the size of each image."
-        images = [data.images[i] for i in rows]
+        images = [data[i][0] for i in rows]
         if len({x.shape for x in images}) == 1:
             return list(self.look(model, torch.stack(images).to(device)).cpu())
         return [self.look(model, x[None].to(device))[0].cpu() for x in images]

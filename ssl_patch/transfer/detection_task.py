@@ -27,7 +27,7 @@ from ssl_patch.ground.checks import (
     require_number,
     require_range,
 )
-from .detectors import Detector, DetectorConfig, scale_to
+from .detector_config import DetectorConfig, scale_to
 
 # %% ../../nbs/transfer/16_detection_task.ipynb #de7e0006
 METRICS = {
@@ -133,12 +133,17 @@ class Detection(DetectorConfig):
     def build(
         self,
         encoder: nn.Module,  # has `stage_maps`
-    ) -> Detector:
+    ) -> nn.Module:  # a `Detector`
         """A detector on an encoder.
 
         Args:
             encoder: has `stage_maps`
+
+        Returns:
+            a `Detector`
         """
+        from ssl_patch.transfer.detectors import Detector  # loads much of torchvision
+
         return Detector(encoder, self.classes, self, self.test_short, self.longest)
 
     def batch(
@@ -202,14 +207,14 @@ class Detection(DetectorConfig):
 
     def loss(
         self,
-        model: Detector,  # in training mode
+        model: nn.Module,  # a `Detector` in training mode
         inputs: list,  # images
         targets: list,  # a dict for each
     ) -> tuple:  # scalar, its parts
         """The sum of the losses of both stages.
 
         Args:
-            model: in training mode
+            model: a `Detector` in training mode
             inputs: images
             targets: a dict for each
 
@@ -221,7 +226,7 @@ class Detection(DetectorConfig):
 
     def predict(
         self,
-        model: Detector,  # in eval mode
+        model: nn.Module,  # a `Detector` in eval mode
         data: DenseImages,  # a split
         rows: list,  # numbers of images
         device,  # where it is computed
@@ -229,7 +234,7 @@ class Detection(DetectorConfig):
         """What is found in some images, in pixels of the image as it is.
 
         Args:
-            model: in eval mode
+            model: a `Detector` in eval mode
             data: a split
             rows: numbers of images
             device: where it is computed

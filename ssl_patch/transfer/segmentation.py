@@ -238,7 +238,7 @@ class Segmentation:
 
     def predict(self, model, data, rows, device):
         "Masks (H,W) uint8, at the size of each image."
-        images = [data.images[i] for i in rows]
+        images = [data[i][0] for i in rows]
         if len({x.shape for x in images}) == 1:
             return list(self.classify(model, torch.stack(images).to(device)).cpu())
         return [self.classify(model, x[None].to(device))[0].cpu() for x in images]

@@ -55,8 +55,8 @@ def test_a_loss_needs_torch_alone():
 
 
 def test_nothing_heavy_at_import():
-    """What takes a second to import is loaded when it is used, whichever module comes first; only the
-    detectors, which are torchvision's, load it."""
+    """What takes a second to import is loaded when it is used, whichever module comes first; only
+    the detectors, which are torchvision's, load it."""
     light = [m for m in MODULES if m != 'transfer.detectors']
     r = python(f"""
 import importlib, sys, torch

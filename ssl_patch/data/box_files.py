@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .boxes import BoxImages, MaskTensor, Objects, boxes_of_masks, clean
+from .boxes import BoxImages, Objects, boxes_of_masks, clean
 from .files import ByteFiles, listed, short_reason
 from .fingerprints import in_threads
 from .headers import open_image, quick_header

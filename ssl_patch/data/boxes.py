@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .decoding import decode
 from .dense import DenseImages
-from .files import ByteFiles, listed, short_reason
+from .files import ByteFiles, short_reason
 from .fingerprints import hash_pixels
 from .images import Images
 from ..ground.checks import require, require_int, require_shape

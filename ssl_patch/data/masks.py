@@ -8,7 +8,6 @@ __all__ = ['IGNORE', 'cityscapes_classes', 'camvid_classes', 'TESTS', 'read_mask
 
 # %% ../../nbs/data/16_masks.ipynb #3a5c0003
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch

@@ -6,7 +6,6 @@
 __all__ = ['as_blocks', 'check_span', 'covered_blocks', 'sample_space_time', 'SpaceTimeSampler', 'show_blocks']
 
 # %% ../../nbs/methods/19_space_time.ipynb #f9773262
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -22,7 +22,7 @@ from ..evaluation.records import Table, grid_lines
 from ..ground.checks import require, require_int, require_known, require_number
 from ..ground.files import alone_in, atomic_write
 from ..ground.text import plain
-from .runs import keep_runs, load_run, load_runs
+from .runs import keep_runs, load_run
 from ..training.checkpoint import graceful_stop
 from ..training.run_folder import as_json
 

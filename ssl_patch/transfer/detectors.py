@@ -8,7 +8,6 @@ __all__ = ['SimplePyramid', 'Backbone', 'FourthStage', 'Prepare', 'Detector']
 # %% ../../nbs/transfer/15_detectors.ipynb #de7c0003
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import LevelMapper
 
-from ..ground.checks import require, require_choice, require_int, require_number
+from ..ground.checks import require, require_int
 from ..models.encoders import ResNet
 from .detector_config import DetectorConfig, scale_to
 

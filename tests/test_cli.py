@@ -167,7 +167,7 @@ def test_checkpoint_of_another_method(folder, capsys):
         (folder / 'other' / 'checkpoint.pt').read_bytes()
     )
     assert run('pretrain', '--out', folder / 'run', '--resume') == 2
-    assert 'belongs to another run' in capsys.readouterr().err
+    assert 'as the checkpoint has it' in capsys.readouterr().err
 
 
 def test_folder_that_cannot_be_written(folder, capsys):

@@ -162,7 +162,6 @@ class FineTuner:
 
         encoder = at_size(encoder, size)
         size, here, _ = size_and_device(encoder, None, None)
-        require_channels(encoder, data.train)
         require(isinstance(config, FinetuneConfig), 'config', 'a FinetuneConfig', config)
         at_least = ', the size of the encoder'
         short = min(height_width(size))
@@ -171,6 +170,7 @@ class FineTuner:
         require_int(workers, 'workers', least=0)
         require_choice(watch, 'watch', (True, False))
         self.data, self.train, self.test, self.leak, self.kept = _clean(data, encoder, overlap)
+        require_channels(encoder, self.train)
         require_one_process()
         self.device = require_device(str(device or here))
         self.config, self.epochs = settle_batch(config, len(self.train)), config.epochs

@@ -154,10 +154,9 @@ def todays_config(
         c['slots'] = {k: _words(v, words.get(k, {})) for k, v in c['slots'].items()}
         given = c.get('augmentations') or []
         name = lambda a: _AUGMENTATIONS.get(a.get('name'), a.get('name'))
-        c['augmentations'] = [a | dict(name=name(a)) if 'name' in a else a for a in given]
-    if isinstance(c.get('augmentations'), list):  # these are younger than some runs
-        younger = dict(flip_ud=0.0, turns=0.0)
-        c['augmentations'] = [younger | a for a in c['augmentations']]
+        younger = dict(flip_ud=0.0, turns=0.0)  # than these runs
+        named = [a | dict(name=name(a)) if 'name' in a else a for a in given]
+        c['augmentations'] = [younger | a for a in named]
     return c
 
 # %% ../../nbs/reports/01_runs.ipynb #f95d3bb7

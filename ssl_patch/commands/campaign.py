@@ -8,7 +8,7 @@ __all__ = ['Campaign']
 # %% ../../nbs/commands/07_campaign.ipynb #c7000003
 from dataclasses import dataclass
 from tyro.conf import Positional
-from ..reports.campaign import plan_table, read_plan, run_plan
+from ..reports.campaign import job_state, plan_table, read_plan, run_plan
 
 # %% ../../nbs/commands/07_campaign.ipynb #c7000005
 @dataclass
@@ -36,3 +36,5 @@ class Campaign:
             print(line, flush=True)
 
         print(f'\n{run_plan(plan, self.at_once, self.minutes, say)}')
+        if failed := [j.name for j in plan.jobs if job_state(plan, j)['error']]:
+            raise RuntimeError(f'{len(failed)} runs failed: {", ".join(failed)}')

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .files import ByteFiles, short_reason
-from .images import Images, resize_center_crop
+from .files import ByteFiles, short_reason, square_batches
+from .images import Images
 from ssl_patch.data.video_files import (
     FrameFolder,
     FrameTensor,
@@ -338,25 +338,7 @@ class Clips(Images):
         Returns:
             of (x uint8 (b,3,F,size,size), labels (b,) or None)
         """
-        squares, n = _Squares(self, size, resize), min(batch_size, 64)
-        loader = torch.utils.data.DataLoader(squares, n, num_workers=workers)
-        for i, x in enumerate(loader):
-            y = None if self.labels is None else self.labels[i * n : (i + 1) * n]
-            to = device or 'cpu'
-            yield x.to(to), None if y is None else y.to(to)
-
-# %% ../../nbs/data/26_clips.ipynb #ae63bd13
-class _Squares(torch.utils.data.Dataset):
-    "Middle clips that all have one size, as batches need them."
-
-    def __init__(self, store, size, resize):
-        self.store, self.size, self.resize = store, size, resize
-
-    def __len__(self):
-        return len(self.store)
-
-    def __getitem__(self, i):
-        return resize_center_crop(self.store[i], self.size, self.resize)
+        return square_batches(self, size, min(batch_size, 64), device, workers, resize)
 
 # %% ../../nbs/data/26_clips.ipynb #e55c81a2
 def show_strips(

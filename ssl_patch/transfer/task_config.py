@@ -15,6 +15,7 @@ from torch import nn
 
 from ..data.dense import DenseImages
 from ..ground.checks import require, require_choice, require_int, require_number
+from ..ground.threads import stay
 from .classifier import finetune_optimizer, layers_of
 from ..views.loader import generator_for
 
@@ -261,5 +262,5 @@ class TaskLoader:
         batches = order[: len(self) * self.batch_size].view(-1, self.batch_size)[start:].tolist()
         made = _Made(self.task, self.data, (self.seed, e))
         numbered = list(enumerate(batches, start))
-        how = dict(num_workers=self.workers, pin_memory=self.pin)
+        how = dict(num_workers=self.workers, pin_memory=self.pin, worker_init_fn=stay)
         return iter(torch.utils.data.DataLoader(made, batch_size=None, sampler=numbered, **how))

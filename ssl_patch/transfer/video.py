@@ -179,6 +179,14 @@ def _settled(config, usual, warmup, n, more):
     return replace(usual, **scaled | own), rest
 
 
+def _measured(encoder, data, config, kind, warmup, more, **task):
+    "The record of a video task: `kind` names the usual config, `task` are fields of `VideoTask`."
+    data, size = _as_task(data), size_and_device(encoder, None, None)[0]
+    classes = int(max(s.targets.max() for s in (data.train, data.test))) + 1
+    config, more = _settled(config, VIDEO_CONFIGS[kind], warmup, len(data.train), more)
+    return measure_task(encoder, VideoTask(classes, size, **task), data, config, **more)
+
+
 def video_linear(
     encoder: nn.Module,  # of clips; frozen, left as it is
     data: ImageData,  # of `videos`, labelled
@@ -202,13 +210,8 @@ def video_linear(
         flip: chance of a mirror image in training
         **more: fields of `TaskConfig` (epochs, lr, ...); what `measure_task` takes
     """
-    task_data, size = _as_task(data), size_and_device(encoder, None, None)[0]
-    classes = int(max(s.targets.max() for s in (task_data.train, task_data.test))) + 1
     how = dict(num_clips=num_clips, crops=crops, test_size=test_size, flip=flip)
-    task = VideoTask(classes, size, **how)
-    usual, n = VIDEO_CONFIGS['linear'], len(task_data.train)
-    config, more = _settled(config, usual, 8, n, more)
-    return measure_task(encoder, task, task_data, config, **more)
+    return _measured(encoder, data, config, 'linear', 8, more, **how)
 
 
 def video_finetune(
@@ -236,11 +239,6 @@ def video_finetune(
         flip: chance of a mirror image in training
         **more: fields of `TaskConfig` (epochs, lr, ...); what `measure_task` takes
     """
-    task_data, size = _as_task(data), size_and_device(encoder, None, None)[0]
-    classes = int(max(s.targets.max() for s in (task_data.train, task_data.test))) + 1
     how = dict(num_clips=num_clips, crops=crops, test_size=test_size, flip=flip, dropout=dropout)
-    colors = dict(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.2)
-    task = VideoTask(classes, size, **how, **colors, name='video')
-    usual, n = VIDEO_CONFIGS['finetune'], len(task_data.train)
-    config, more = _settled(config, usual, 0, n, more)
-    return measure_task(encoder, task, task_data, config, **more)
+    how |= dict(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.2, name='video')
+    return _measured(encoder, data, config, 'finetune', 0, more, **how)

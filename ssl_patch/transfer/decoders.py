@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECODERS', 'encoder_maps', 'map_dims', 'dilate_stages', 'LinearDecoder', 'FCNDecoder', 'LightDecoder', 'first_stage',
-           'build_decoder', 'DenseModel']
+           'build_decoder', 'each_image', 'as_looked_at', 'DenseModel']
 
 # %% ../../nbs/transfer/10_decoders.ipynb #de500003
 import math
@@ -224,6 +224,46 @@ def build_decoder(
     return LightDecoder(dims, out, channels or 64, first_stage(encoder))
 
 # %% ../../nbs/transfer/10_decoders.ipynb #de500014
+def each_image(
+    look,  # (B,C,H,W) uint8 -> a prediction for each
+    images: list,  # of (C,H,W) uint8, of any sizes
+    device: str,  # where `look` computes
+) -> list:  # what it says of each, on the CPU
+    """What is said of every image: of all at once where they have one size, else one by one.
+
+    Args:
+        look: (B,C,H,W) uint8 -> a prediction for each
+        images: of (C,H,W) uint8, of any sizes
+        device: where `look` computes
+
+    Returns:
+        what it says of each, on the CPU
+    """
+    if len({x.shape for x in images}) == 1:
+        return list(look(torch.stack(images).to(device)).cpu())
+    return [look(x[None].to(device))[0].cpu() for x in images]
+
+
+def as_looked_at(
+    x: Tensor,  # (B,C,H,W) uint8
+    factor: float,  # by which both sides are resized; 1: not at all
+) -> Tensor:  # float in [0,1]
+    """Images as a model takes them.
+
+    Args:
+        x: (B,C,H,W) uint8
+        factor: by which both sides are resized; 1: not at all
+
+    Returns:
+        float in [0,1]
+    """
+    x = x.float() / 255
+    if factor == 1:
+        return x
+    size = [max(1, round(n * factor)) for n in x.shape[-2:]]
+    return F.interpolate(x, size, mode='bilinear', antialias=True)
+
+
 class DenseModel(nn.Module):
     """An encoder and a decoder: images of any size to numbers for each of their pixels.
 

@@ -8,6 +8,7 @@ __all__ = ['depth_windows', 'ALIGNMENTS', 'depth_recipes', 'depth_errors', 'vali
 # %% ../../nbs/transfer/14_depth.ipynb #de980003
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,8 @@ from ..evaluation.records import Record
 from ..ground.checks import require, require_choice, require_int, require_number
 from ..ground.plots import as_picture
 from .classifier import at_size
-from .decoders import DECODERS, DenseModel, build_decoder, dilate_stages
+from .decoders import DECODERS, DenseModel, as_looked_at, build_decoder
+from .decoders import dilate_stages, each_image
 from .dense_augment import DenseAugmentation
 from .dense_pictures import heat, prediction_table
 from .task_record import crop_of, measure_recipe
@@ -274,10 +276,7 @@ class Depth:
 
     def predict(self, model, data, rows, device):
         "Metres (H,W), at the size of each image."
-        images = [data[i][0] for i in rows]
-        if len({x.shape for x in images}) == 1:
-            return list(self.look(model, torch.stack(images).to(device)).cpu())
-        return [self.look(model, x[None].to(device))[0].cpu() for x in images]
+        return each_image(partial(self.look, model), [data[i][0] for i in rows], device)
 
     def look(
         self,
@@ -293,10 +292,7 @@ class Depth:
         Returns:
             (B,H,W) metres
         """
-        size, x = x.shape[-2:], x.float() / 255
-        if self.resize is not None:
-            scaled = [max(1, round(n * self.factor(size))) for n in size]
-            x = F.interpolate(x, scaled, mode='bilinear', antialias=True)
+        size, x = x.shape[-2:], as_looked_at(x, self.factor(x.shape))
         p = self.metres(model, x)
         if p.shape[-2:] == size:
             return p

@@ -8,6 +8,7 @@ __all__ = ['segmentation_recipes', 'confusion_of', 'segmentation_scores', 'slide
 # %% ../../nbs/transfer/13_segmentation.ipynb #5e600003
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,10 @@ from ssl_patch.transfer.decoders import (
     DECODERS,
     DenseModel,
     FCNDecoder,
+    as_looked_at,
     build_decoder,
     dilate_stages,
+    each_image,
     map_dims,
 )
 from .dense_augment import DenseAugmentation
@@ -238,10 +241,7 @@ class Segmentation:
 
     def predict(self, model, data, rows, device):
         "Masks (H,W) uint8, at the size of each image."
-        images = [data[i][0] for i in rows]
-        if len({x.shape for x in images}) == 1:
-            return list(self.classify(model, torch.stack(images).to(device)).cpu())
-        return [self.classify(model, x[None].to(device))[0].cpu() for x in images]
+        return each_image(partial(self.classify, model), [data[i][0] for i in rows], device)
 
     def classify(
         self,
@@ -257,10 +257,7 @@ class Segmentation:
         Returns:
             (B,H,W) uint8
         """
-        size, x = x.shape[-2:], x.float() / 255
-        if self.resize is not None:
-            scaled = [max(1, round(n * self.factor(size))) for n in size]
-            x = F.interpolate(x, scaled, mode='bilinear', antialias=True)
+        size, x = x.shape[-2:], as_looked_at(x, self.factor(x.shape))
         if self.test_mode == 'slide':
             stride = self.stride or tuple(max(1, 2 * n // 3) for n in self.crop)
             y = slide(model, x, tuple(self.crop), tuple(stride))

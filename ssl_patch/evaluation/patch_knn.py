@@ -9,19 +9,15 @@ __all__ = ['knn_masks', 'knn_segmentation']
 import torch
 from torch import Tensor, nn
 
-from .features import architecture, size_and_device
+from .features import size_and_device
 from .knn import topk_similar, vote
-from .metrics import confusion
 from ssl_patch.evaluation.patches import (
-    RawPatches,
     enlarged_classes,
+    measured_masks,
     patch_features,
     patch_labels,
-    position_prior,
     require_masks,
-    segmentation_value,
 )
-from .protocol import random_twin
 from .records import Record
 from ..ground.checks import require_int
 from ..views.loader import generator_for
@@ -92,6 +88,7 @@ def knn_segmentation(
     seed: int = 0,  # of the bank, of the random encoder, and for the record
     baselines: bool = True,  # also raw pixels, place alone and `encoder.reinitialized(seed)`
     device=None,  # where to compute; None: where the encoder is
+    resize: int | None = None,  # short side before the cut; None: the encoder's own, else whole
 ) -> Record:
     """Segmentation by neighbours of frozen patches, as a record. `ValueError` before any work.
 
@@ -112,40 +109,13 @@ def knn_segmentation(
         seed: of the bank, of the random encoder, and for the record
         baselines: also raw pixels, place alone and `encoder.reinitialized(seed)`
         device: where to compute; None: where the encoder is
+        resize: short side before the cut; None: the encoder's own, else whole
     """
-    segmentation_value(torch.ones(1, 1), metric)  # refused before any work
-    common = require_masks('test', test, classes, ignore).argmax()
-    size, _, device = size_and_device(encoder, size, device)
-    how = dict(k=k, T=T, bank=bank)
+    settings = dict(k=k, T=T, bank=bank)
 
-    def score(pred):
-        return segmentation_value(confusion(test[1], pred, classes, ignore), metric)
+    def answer(net, train, images, size, device):
+        how = dict(settings, seed=seed, device=device)
+        return knn_masks(net, train, images, classes, ignore, size, **how)
 
-    def found(net):
-        given = dict(how, seed=seed, device=device)
-        return score(knn_masks(net, train, test[0], classes, ignore, size, **given))
-
-    value, beside = found(encoder), {}
-    if baselines:
-        grid = patch_features(encoder, test[0][:1], size, device=device)[1]
-        beside['raw pixels'] = found(RawPatches(size, grid))
-        beside['place alone'] = score(position_prior(train[1], test[1].shape, classes, ignore))
-        if (twin := random_twin(encoder, seed)) is not None:
-            beside['random encoder'] = found(twin)
-    return Record(
-        'kNN segmentation',
-        value,
-        name,
-        data,
-        score(common.expand(test[1].shape)),
-        metric,
-        architecture(encoder),
-        'patches',
-        how | dict(size=size),
-        note,
-        len(train[0]),
-        len(test[0]),
-        classes,
-        seed,
-        beside,
-    )
+    what = encoder, train, test, classes, ignore, size, settings, metric, note, seed, baselines
+    return measured_masks('kNN segmentation', answer, *what, device, resize, name=name, data=data)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['whole_features', 'patch_features', 'RawPatches', 'patch_labels', 'require_masks', 'predict_masks', 'enlarged_classes',
-           'position_prior', 'central_part', 'segmentation_value', 'linear_segmentation', 'draw_masks', 'show_masks']
+           'position_prior', 'central_part', 'segmentation_value', 'measured_masks', 'linear_segmentation',
+           'draw_masks', 'show_masks']
 
 # %% ../../nbs/evaluation/13_patches.ipynb #71ffe270
 import copy
@@ -334,6 +335,89 @@ def segmentation_value(
     return _SCORES[metric](matrix)
 
 
+def measured_masks(
+    protocol: str,  # of the record
+    answer,  # (network, train, images, size, device) -> masks (M,H,W)
+    encoder: nn.Module,  # to be measured
+    train: tuple,  # images (N,3,H,W) uint8 and masks (N,H,W)
+    test: tuple,  # images (M,3,H,W) uint8 and masks (M,H,W)
+    classes: int,  # C
+    ignore: int | None,  # label of pixels that do not count
+    size: int | tuple | None,  # of the input, pixels; None: `encoder.size`
+    settings: dict,  # of the protocol, for the record
+    metric: str = 'mIoU',  # or 'pixel accuracy'
+    note: str = '',  # what the masks mean
+    seed: int = 0,  # of the random encoder
+    baselines: bool = True,  # also raw pixels, place alone and `encoder.reinitialized(seed)`
+    device=None,  # where to compute; None: where the encoder is
+    resize: int | None = None,  # short side before the cut; None: the encoder's own, else whole
+    name: str = 'encoder',  # which encoder this is
+    data: str = 'array',  # name of the data
+) -> Record:
+    """What frozen patches are worth for masks, however masks are made of them.
+
+    Args:
+        protocol: of the record
+        answer: (network, train, images, size, device) -> masks (M,H,W)
+        encoder: to be measured
+        train: images (N,3,H,W) uint8 and masks (N,H,W)
+        test: images (M,3,H,W) uint8 and masks (M,H,W)
+        classes: C
+        ignore: label of pixels that do not count
+        size: of the input, pixels; None: `encoder.size`
+        settings: of the protocol, for the record
+        metric: or 'pixel accuracy'
+        note: what the masks mean
+        seed: of the random encoder
+        baselines: also raw pixels, place alone and `encoder.reinitialized(seed)`
+        device: where to compute; None: where the encoder is
+        resize: short side before the cut; None: the encoder's own, else whole
+        name: which encoder this is
+        data: name of the data
+    """
+    segmentation_value(torch.ones(1, 1), metric)  # refused before any work
+    size, _, device = size_and_device(encoder, size, device)
+    short, resize = min(height_width(size)), eval_resize(encoder, size, resize)
+    require_int(resize, 'resize', least=short, optional=True)
+    share = short / (resize or short)
+    for cut in (1, share):
+        train, test = ([central_part(t, cut) for t in pair] for pair in (train, test))
+        require_masks('train', train, classes, ignore)
+        common = require_masks('test', test, classes, ignore).argmax()
+
+    def score(pred):
+        return segmentation_value(confusion(test[1], pred, classes, ignore), metric)
+
+    def probe(net):
+        return score(answer(net, train, test[0], size, device))
+
+    value, beside = probe(encoder), {}
+    if baselines:
+        grid = patch_features(encoder, test[0][:1], size, device=device)[1]
+        beside['raw pixels'] = probe(RawPatches(size, grid))
+        beside['place alone'] = score(position_prior(train[1], test[1].shape, classes, ignore))
+        twin = None if is_fresh(encoder) else random_twin(encoder, seed)
+        if twin is not None:
+            beside['random encoder'] = probe(twin)
+    return Record(
+        protocol,
+        value,
+        name,
+        data,
+        chance=score(common.expand(test[1].shape)),
+        metric=metric,
+        architecture=architecture(encoder),
+        layer='patches',
+        settings=dict(settings, size=size) | (dict(resize=resize) if resize else {}),
+        note='; '.join(filter(None, [note, f'middle {share:.0%} of each side' * (share < 1)])),
+        n_train=len(train[0]),
+        n_test=len(test[0]),
+        n_classes=classes,
+        seed=seed,
+        baselines=beside,
+    )
+
+
 def linear_segmentation(
     encoder: nn.Module,  # to be measured: returns `Features`; frozen meanwhile, left as it was
     train: tuple,  # images (N,3,H,W) uint8 and masks (N,H,W)
@@ -380,49 +464,16 @@ def linear_segmentation(
         resize: short side before the cut of `size`, of images and masks; None: the encoder's own,
             else whole
     """
-    segmentation_value(torch.ones(1, 1), metric)  # refused before any work
     settings = dict(epochs=epochs, lr=lr, batch_size=batch_size, weight_decay=weight_decay)
     _check_segmentation(train, classes, ignore, **settings)
-    require_masks('test', test, classes, ignore)
-    size, _, device = size_and_device(encoder, size, device)
-    short, resize = min(height_width(size)), eval_resize(encoder, size, resize)
-    require_int(resize, 'resize', least=short, optional=True)
-    share = short / (resize or short)
-    train, test = ([central_part(t, share) for t in pair] for pair in (train, test))
-    _check_segmentation(train, classes, ignore, **settings)
-    common = require_masks('test', test, classes, ignore).argmax()
-    how = dict(settings, seed=seed, device=device)
 
-    def score(pred):
-        return segmentation_value(confusion(test[1], pred, classes, ignore), metric)
+    def answer(net, train, images, size, device):
+        how = dict(settings, seed=seed, device=device)
+        return predict_masks(net, train, images, classes, ignore, size, **how)
 
-    def probe(net):
-        return score(predict_masks(net, train, test[0], classes, ignore, size, **how))
-
-    value, beside = probe(encoder), {}
-    if baselines:
-        grid = patch_features(encoder, test[0][:1], size, device=device)[1]
-        beside['raw pixels'] = probe(RawPatches(size, grid))
-        beside['place alone'] = score(position_prior(train[1], test[1].shape, classes, ignore))
-        twin = None if is_fresh(encoder) else random_twin(encoder, seed)
-        if twin is not None:
-            beside['random encoder'] = probe(twin)
-    return Record(
-        'linear segmentation',
-        value,
-        name,
-        data,
-        score(common.expand(test[1].shape)),
-        metric,
-        architecture(encoder),
-        'patches',
-        dict(settings, size=size) | (dict(resize=resize) if resize else {}),
-        '; '.join(filter(None, [note, f'middle {share:.0%} of each side' if share < 1 else ''])),
-        len(train[0]),
-        len(test[0]),
-        classes,
-        seed,
-        beside,
+    what = encoder, train, test, classes, ignore, size, settings, metric, note, seed, baselines
+    return measured_masks(
+        'linear segmentation', answer, *what, device, resize, name=name, data=data
     )
 
 # %% ../../nbs/evaluation/13_patches.ipynb #3069b825

@@ -269,7 +269,7 @@ class Clips(Images):
     def _try(self, i, starts, difference):
         "Clips of video i, or of the next that can be read."
         i = range(len(self))[int(i)]
-        for n, j in enumerate(self._stand_ins(i)):
+        for n, j in enumerate(self.stand_ins(i)):
             if n > 100:
                 break
             if self._state[j] == 1:
@@ -309,14 +309,6 @@ class Clips(Images):
         if self._state[i] == 0:
             warnings.warn(f'{self.name}: {plain(self.encoded.name(i))} is damaged: {reason}')
         self._state[i] = 2
-
-    def _stand_ins(self, i):
-        "i, then the videos after it, around the end; those of the same class only."
-        yield i
-        order = torch.arange(i + 1, i + len(self)) % len(self)
-        if self.labels is not None:
-            order = order[self.labels[order] == self.labels[i]]
-        yield from order.tolist()
 
     def batches(
         self,

@@ -238,7 +238,7 @@ class FileImages(Images):
 
     def __getitem__(self, i: int) -> Tensor:
         i = range(len(self))[int(i)]
-        for n, j in enumerate(self._stand_ins(i)):
+        for n, j in enumerate(self.stand_ins(i)):
             if n > 100:
                 break
             if self._broken[j]:
@@ -260,14 +260,6 @@ class FileImages(Images):
     def is_broken(self, i) -> bool:
         "Whether image i was found not to decode, so that another stands in for it."
         return bool(self._broken[i])
-
-    def _stand_ins(self, i):
-        "i, then the images after it, around the end; those of the same class only."
-        yield i
-        order = torch.arange(i + 1, i + len(self)) % len(self)
-        if self.labels is not None:
-            order = order[self.labels[order] == self.labels[i]]
-        yield from order.tolist()
 
     def batches(
         self,

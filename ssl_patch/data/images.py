@@ -125,6 +125,14 @@ class Images:
         "(name, reason) of every image that could not be read."
         return list(self._skipped)
 
+    def stand_ins(self, i: int):
+        "The numbers i, then those after it, around the end; of the same class only."
+        yield i
+        order = torch.arange(i + 1, i + len(self)) % len(self)
+        if self.labels is not None:
+            order = order[self.labels[order] == self.labels[i]]
+        yield from order.tolist()
+
     def is_broken(self, i) -> bool:
         "Whether image i could not be decoded, so that another stands in for it."
         return False

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'pick_frames', 'clip_starts', 'temporal_difference', 'import_av', 'VideoError', 'check_clip', 'VideoFile',
-           'read_clip', 'write_video', 'short_side', 'clip_of', 'FrameTensor', 'FrameFolder']
+           'read_clip', 'write_video', 'short_side', 'clip_of', 'EvenFrames', 'FrameTensor', 'FrameFolder']
 
 # %% ../../nbs/data/25_video_files.ipynb #013c2043
 import os
@@ -401,11 +401,8 @@ def clip_of(
         (3,F,H,W) uint8
     """
     first = min(n - 1, int(start * rate + 0.01))
-    last = (
-        n
-        if seconds is None
-        else min(n, max(first + 1, int(np.ceil((start + seconds) * rate - 0.01))))
-    )
+    end = n if seconds is None else int(np.ceil((start + seconds) * rate - 0.01))
+    last = min(n, max(first + 1, end))
     picked = [first + i for i in pick_frames(last - first, num_frames)]
     if not difference:
         return frames(picked, size)
@@ -414,83 +411,104 @@ def clip_of(
     return temporal_difference(frames(now, size), frames(later, size))
 
 
-class FrameTensor:
-    """A video that is a tensor already, for `with`.
+class EvenFrames:
+    """A video whose frames come evenly and can be had one by one, for `with`.
+
+    Args:
+        rate: frames a second
+    """
+
+    faults = 0
+
+    def __init__(
+        self,
+        rate: float,  # frames a second
+    ):
+        self.rate = rate
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def __len__(self):
+        raise NotImplementedError
+
+    def pick(
+        self,
+        numbers: list,  # of frames
+        size: int | None,  # short side, pixels; None: as it is
+    ) -> Tensor:  # (3,F,H,W) uint8
+        """
+        Args:
+            numbers: of frames
+            size: short side, pixels; None: as it is
+
+        Returns:
+            (3,F,H,W) uint8
+        """
+        raise NotImplementedError
+
+    @property
+    def seconds(self) -> float:
+        "Length."
+        return len(self) / self.rate
+
+    def clip(self, start=0.0, seconds=None, num_frames=8, size=None, difference=False) -> Tensor:
+        "As `VideoFile.clip`."
+        check_clip(start, seconds, num_frames, size)
+        which = start, seconds, num_frames, difference, size
+        return clip_of(self.pick, len(self), self.rate, *which)
+
+
+class FrameTensor(EvenFrames):
+    """A video that is a tensor already.
 
     Args:
         frames: (T,3,H,W) uint8
         rate: frames a second
     """
 
-    faults = 0
-
     def __init__(
         self,
         frames: Tensor,  # (T,3,H,W) uint8
         rate: float = 25.0,  # frames a second
     ):
-        self.frames, self.rate = frames, rate
+        super().__init__(rate)
+        self.frames = frames
 
-    def __enter__(self):
-        return self
+    def __len__(self):
+        return len(self.frames)
 
-    def __exit__(self, *error):
-        pass
-
-    @property
-    def seconds(self) -> float:
-        "Length."
-        return len(self.frames) / self.rate
-
-    def clip(self, start=0.0, seconds=None, num_frames=8, size=None, difference=False) -> Tensor:
-        "As `VideoFile.clip`."
-        check_clip(start, seconds, num_frames, size)
-        some = lambda numbers, size: short_side(self.frames[numbers].transpose(0, 1), size)
-        return clip_of(
-            some, len(self.frames), self.rate, start, seconds, num_frames, difference, size
-        )
+    def pick(self, numbers, size):
+        return short_side(self.frames[numbers].transpose(0, 1), size)
 
 # %% ../../nbs/data/25_video_files.ipynb #ace79e01
-class FrameFolder:
-    """A video as a folder of pictures in the order of their names, for `with`.
+class FrameFolder(EvenFrames):
+    """A video as a folder of pictures in the order of their names.
 
     Args:
         folder: path
         rate: frames a second
     """
 
-    faults = 0
-
     def __init__(
         self,
         folder,  # path
         rate: float = 25.0,  # frames a second
     ):
-        self.folder, self.rate = str(folder), rate
+        super().__init__(rate)
+        self.folder = str(folder)
         shown = (f for f in os.listdir(folder) if not f.startswith('.'))
         self.files = ByteFiles(folder, sorted(f for f in shown if f.lower().endswith(PICTURES)))
         if not len(self.files):
             raise VideoError('no pictures in it')
 
-    def __enter__(self):
-        return self
+    def __len__(self):
+        return len(self.files)
 
-    def __exit__(self, *error):
-        pass
-
-    @property
-    def seconds(self) -> float:
-        "Length."
-        return len(self.files) / self.rate
-
-    def clip(self, start=0.0, seconds=None, num_frames=8, size=None, difference=False) -> Tensor:
-        "As `VideoFile.clip`."
-        check_clip(start, seconds, num_frames, size)
-        return clip_of(
-            self._frames, len(self.files), self.rate, start, seconds, num_frames, difference, size
-        )
-
-    def _frames(self, numbers, size):
+    def pick(self, numbers, size):
         try:
             made = {i: decode(self.files.read(i)) for i in dict.fromkeys(numbers)}
         except Exception as e:

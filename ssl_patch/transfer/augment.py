@@ -21,7 +21,7 @@ from ..ground.checks import height_width, require, require_int
 from ..ground.plots import as_picture
 from ..ground.threads import stay
 from .recipes import FinetuneConfig
-from ..views.loader import generator_for, seed_for
+from ..views.loader import batches_of_epoch, seed_for
 
 # %% ../../nbs/transfer/03_augment.ipynb #44041532
 def finetune_augmentation(
@@ -147,8 +147,7 @@ class LabelledLoader:
             e: which epoch
             start: batches to pass over
         """
-        order = torch.randperm(len(self.store), generator=generator_for(self.seed, e, 'order'))
-        batches = order[: len(self) * self.batch_size].view(-1, self.batch_size)[start:]
+        batches = batches_of_epoch(len(self.store), self.batch_size, self.seed, e, start)
         store = _Augmented(self.store, self.change, self.seed, e)
         how = dict(num_workers=self.workers, pin_memory=self.pin, worker_init_fn=stay)
         return zip(DataLoader(store, batch_sampler=batches.tolist(), **how), batches)

@@ -17,7 +17,7 @@ from ..data.dense import DenseImages
 from ..ground.checks import require, require_choice, require_int, require_number
 from ..ground.threads import stay
 from .classifier import finetune_optimizer, layers_of
-from ..views.loader import generator_for
+from ..views.loader import batches_of_epoch, generator_for
 
 # %% ../../nbs/transfer/07_task_config.ipynb #7a5c0006
 @dataclass(frozen=True)
@@ -258,8 +258,7 @@ class TaskLoader:
             e: which epoch
             start: batches to pass over
         """
-        order = torch.randperm(len(self.data), generator=generator_for(self.seed, e, 'order'))
-        batches = order[: len(self) * self.batch_size].view(-1, self.batch_size)[start:].tolist()
+        batches = batches_of_epoch(len(self.data), self.batch_size, self.seed, e, start).tolist()
         made = _Made(self.task, self.data, (self.seed, e))
         numbered = list(enumerate(batches, start))
         how = dict(num_workers=self.workers, pin_memory=self.pin, worker_init_fn=stay)

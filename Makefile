@@ -32,7 +32,7 @@ prepare: $(STAMP) ## after editing notebooks: format and clean them, export the 
 	@$(BIN) ruff format -q nbs tests scripts setup.py
 	@$(BIN) bash scripts/export.sh
 
-notebooks: $(STAMP) ## run every notebook anew (within 8 minutes on 2 cores), keep what it shows, then write README.md
+notebooks: $(STAMP) ## run every notebook anew, keep what it shows, then write README.md
 	@$(BIN) python scripts/run_notebooks.py
 
 encoders: $(STAMP) ## train the small encoders that come with the package anew

@@ -17,10 +17,12 @@ from ssl_patch.methods.co2 import CO2Loss
 from ssl_patch.methods.compose import build_method, load_papers, method_options, step_cost
 from ssl_patch.methods.configs import MethodConfig, methods, register_method
 from ssl_patch.methods.contrast import ImageLoss, InfoNCELoss, info_nce
-from ssl_patch.methods.densecl import DenseCLLoss
+from ssl_patch.methods.densecl import DenseCL, DenseCLLoss
+from ssl_patch.methods.local_to_global import LocalToGlobal
 from ssl_patch.methods.method import Method, method_from_config
 from ssl_patch.methods.moco import MoCoV2, MoCoV3
 from ssl_patch.methods.patch_loss import PatchLoss, PatchLosses
+from ssl_patch.methods.repco import RepCo
 from ssl_patch.methods.ressl import ReSSL, ReSSLLoss
 from ssl_patch.methods.sce import SCE, SCELoss
 from ssl_patch.models.encoders import vit
@@ -780,6 +782,15 @@ MISFITS = [
     (lambda e: two(e, patch_sampler=0.25), ['patch_sampler', 'got 0.25']),
     (lambda e: two(e, projector=nn.Identity()), ['projector', 'linear', 'got Identity()']),
     (lambda e: register_method(None, Mine), ['name', "'my_method'", 'got None']),
+    (lambda e: two(e, patch_loss=DenseCLLoss), ['patch_loss must be a patch loss']),
+    (lambda e: APS(e, keep_ratio=0.001), ['keep_ratio must be at least 0.0625', 'got 0.001']),
+    (lambda e: MoCoV3(e, tau=0.0), ['tau must be a number above 0']),
+    (lambda e: MoCoV2(e, preset='mnist'), ['preset', "got 'mnist'"]),
+    (lambda e: RepCo(e, pool=4), ['min_distance', 'a grid of 1 x 1']),
+    (lambda e: RepCo(e, min_distance=4), ['min_distance must be less']),
+    (lambda e: DenseCL(e, pool=3), ['pool must be a divisor of the grid']),
+    (lambda e: LocalToGlobal(e, num_patches=100), ['at most 16, or None', 'got 100']),
+    (lambda e: MoCoV2(e, predicter=None), ["no option 'predicter'", "did you mean 'predictor'?"]),
     (lambda e: build_method('no_slots', e, queue=4), ["no_slots has no option 'queue'", 'tau']),
     (lambda e: build_method('other_word', e, kw=4), ["other_word has no option 'kw'"]),
 ]

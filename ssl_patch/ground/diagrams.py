@@ -108,9 +108,13 @@ class Diagram:
     def _repr_png_(self):  # a diagram that ends a cell is shown
         from io import BytesIO
 
-        out = BytesIO()
-        self.fig.savefig(out, format='png', dpi=100)
-        return out.getvalue()
+        from PIL import Image
+
+        drawn, small = BytesIO(), BytesIO()
+        self.fig.savefig(drawn, format='png', dpi=100)
+        # a few flat colours: a palette shows the same in a third of the bytes
+        Image.open(drawn).convert('RGB').quantize(256).save(small, format='png', optimize=True)
+        return small.getvalue()
 
 # %% ../../nbs/ground/04_diagrams.ipynb #0a7d0007
 def step_diagram() -> Diagram:

@@ -39,7 +39,7 @@ from .methods.compose import build_method
 from .methods.configs import TrainConfig, register_method
 from .methods.contrast import InfoNCELoss
 from .methods.densecl import DenseCL, DenseCLLoss
-from .methods.geometry import show_patches
+from .methods.patch_pictures import show_patches
 from .methods.local_to_global import LocalToGlobal, LocalToGlobalLoss
 from .methods.method import Method
 from .methods.moco import MoCoV1, MoCoV2, MoCoV3

@@ -31,6 +31,7 @@ SKELETON = (
     'scores',
     'contrast',
     'geometry',
+    'patch_pictures',
 )  # of methods: what papers stand on
 MOST_LINES, MOST_COLUMNS = 400, 100
 

@@ -12,6 +12,8 @@ from ssl_patch.methods.geometry import (
     patch_boxes,
     covered_fraction,
     keep_mask,
+)
+from ssl_patch.methods.patch_pictures import (
     shared_areas,
     show_areas,
     show_covered,
@@ -101,6 +103,27 @@ def test_covered_fraction_on_any_boxes(b1, b2, f1, f2, grid1, grid2, seed):
     torch.testing.assert_close(
         fast.double(), reference(keep, box1, box2, flip1, flip2, grid2), atol=2e-6, rtol=0
     )
+
+
+def test_covered_by_hand():
+    "Two views of 4x4 pixels, the second one pixel further right; view 1 keeps its top left patch."
+    one, two = torch.tensor([[0, 0, 4, 4]]), torch.tensor([[0, 1, 4, 4]])
+    keep, yes = torch.tensor([[[True, False], [False, False]]]), torch.tensor([True])
+    assert covered_fraction(keep, one, two).tolist() == [[[0.5, 0], [0, 0]]]
+    assert covered_fraction(keep, one, two, flip2=yes).tolist() == [[[0, 0.5], [0, 0]]]
+    # mirrored, view 1 keeps pixels 2 and 3
+    assert covered_fraction(keep, one, two, flip1=yes).tolist() == [[[0.5, 0.5], [0, 0]]]
+    assert covered_fraction(keep, one, two, grid2=1).tolist() == [[[1 / 8]]]
+
+
+def test_half_a_turn_of_both_views_turns_the_answer():
+    box1, box2, flip1, flip2 = random_pair(8, 5)
+    keep = torch.rand(8, 5, 7, generator=gen(6)) < 0.4
+    turn1, turn2 = torch.randint(4, (2, 8), generator=gen(7))
+    plain = covered_fraction(keep, box1, box2, flip1, flip2, turn1=turn1, turn2=turn2)
+    half = dict(turn1=(turn1 + 2) % 4, turn2=(turn2 + 2) % 4)
+    upside_down = covered_fraction(keep.flip(1, 2), box1, box2, flip1, flip2, **half)
+    torch.testing.assert_close(upside_down, plain.flip(1, 2), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize('grid', GRIDS)

@@ -17,10 +17,9 @@ from ssl_patch.methods.geometry import (
     keep_mask,
     patch_boxes,
     patch_centres,
-    show_areas,
-    show_patches,
     true_match,
 )
+from ssl_patch.methods.patch_pictures import show_areas, show_patches
 from ssl_patch.training.checkpoint import as_identity, require_same_run
 from ssl_patch.views import augmentations as A
 from ssl_patch.views.crops import View, random_boxes, resized_crop

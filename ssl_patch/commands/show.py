@@ -16,7 +16,8 @@ from ..evaluation.figures import show_neighbours, show_patch_pca
 from ..ground.checks import require_int
 from ..evaluation.sheet import show_representation
 from ..methods.densecl import DenseCLLoss, match_patches, show_matches
-from ..methods.geometry import show_patches, true_match
+from ..methods.geometry import true_match
+from ..methods.patch_pictures import show_patches
 from ..methods.repco import RepCoLoss, show_pairs
 from ..models.interface import pool_patches
 from ..models.files import load_encoder

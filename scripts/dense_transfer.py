@@ -1,12 +1,14 @@
-"""What encoders of runs are worth for segmentation and depth: small recipes, one record a line.
+"""What encoders of runs are worth for masks, depth and detection: small recipes, a record a line.
 
     python scripts/dense_transfer.py runs/dense64 --camvid ~/data/CamVid --rgbd ~/data/redkitchen \\
         --out nbs/results/records/dense_transfer.jsonl
+    python scripts/dense_transfer.py runs/dense64 --persons ~/data/PennFudanPed \\
+        --out nbs/results/records/detection.jsonl
 
-For each run folder below the first argument: CamVid (mIoU) and indoor RGB-D (delta1), by a linear
-layer on the frozen encoder and by fine-tuning all weights, a minute or two each; and the same from
-random weights of each architecture and seed, as rows of their own. What is in the file already is
-passed over, so it can be stopped at any time and called again."""
+For each run folder below the first argument: CamVid (mIoU), indoor RGB-D (delta1) and persons of
+Penn-Fudan (AP), by a head on the frozen encoder and by fine-tuning all weights, a minute or two
+each; and the same from random weights of each architecture and seed, as rows of their own. What is
+in the file already is passed over, so it can be stopped at any time and called again."""
 
 import argparse
 import json
@@ -16,18 +18,23 @@ import torch
 
 from ssl_patch.commands.probe import run_folders, tower_encoder
 from ssl_patch.data.depths import open_depths
+from ssl_patch.data.detection_sets import detection_data
 from ssl_patch.data.masks import open_masks
 from ssl_patch.evaluation.features import architecture
 from ssl_patch.reports.runs import name_and_seed
 from ssl_patch.transfer.depth import monocular_depth
+from ssl_patch.transfer.detection import detection
 from ssl_patch.transfer.segmentation import segmentation
 
 SIZE = (96, 128)  # pixels, of images, masks and depth
+HEADS = dict(channels=32, hidden=64, rpn_batch=32, box_batch=32)  # of the detector
 RUNS = dict(  # a task and a recipe -> what is changed in it
     segmentation_linear=dict(recipe='linear', epochs=60, batch_size=8),
     segmentation_tuned=dict(recipe='small', epochs=60, batch_size=8, lr=1e-3),
     depth_linear=dict(recipe='linear', epochs=40, batch_size=8, high=5.0),
     depth_tuned=dict(recipe='small', epochs=40, batch_size=8, lr=1e-3, high=5.0),
+    detection_frozen=dict(steps=400, freeze='encoder', **HEADS),
+    detection_tuned=dict(steps=400, **HEADS),
 )
 
 
@@ -58,6 +65,7 @@ def main(words=None):
     parser.add_argument('runs', help='a folder of run folders')
     parser.add_argument('--camvid', help='CamVid, as SegNet has it; left out: no segmentation')
     parser.add_argument('--rgbd', help='a scene of 7-Scenes with train.txt and test.txt')
+    parser.add_argument('--persons', help='PennFudanPed')
     parser.add_argument('--out', required=True, help='file of records, one a line')
     parser.add_argument('--only', default='', help='encoders whose name has this word')
     parser.add_argument('--seeds', type=int, nargs='*', help='these alone; by default all')
@@ -70,6 +78,8 @@ def main(words=None):
     if given.rgbd:
         ends = '.color.jpg', '.depth.png'
         data['depth'] = monocular_depth, open_depths(given.rgbd, ends=ends, size=SIZE)
+    if given.persons:
+        data['detection'] = detection, detection_data(given.persons, test=28, side=128)
     path, wanted = Path(given.out), [r for r in RUNS if r.split('_')[0] in data]
     path.parent.mkdir(parents=True, exist_ok=True)
     there = done(path)

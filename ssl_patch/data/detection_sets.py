@@ -80,16 +80,49 @@ class MaskCodes:
         return MaskCodes([self.codes[i] for i in which], self.size)
 
 
+def _is_polygon(numbers, size):
+    "At least three points, none of them farther from the image than it is large, ten times over."
+    most = 10 * max(size)
+    fits = isinstance(numbers, list) and len(numbers) >= 6 and len(numbers) % 2 == 0
+    return fits and all(isinstance(v, (int, float)) and abs(v) <= most for v in numbers)
+
+
+def _run_lengths(text):
+    """What COCO's short text of a mask stands for: 5 bits and a sign to go on in each letter, and
+    from the fourth number on the difference to the one two before."""
+    counts, value, shift = [], 0, 0
+    for letter in text.encode('ascii', 'replace'):
+        letter -= 48
+        if not 0 <= letter < 64:
+            return []
+        value |= (letter & 31) << shift
+        shift += 5
+        if letter & 32:
+            continue
+        if letter & 16:
+            value -= 1 << shift
+        counts.append(value + counts[-2] if len(counts) > 2 else value)
+        value, shift = 0, 0
+    return [] if shift else counts
+
+
 def _require_code(code, size, where):
-    "`ValueError` that names the place, unless this is a mask as COCO writes it."
+    """`ValueError` that names the place, unless this is a mask as COCO writes it: pycocotools
+    itself trusts the numbers, and memory goes where they lead."""
+    where = f'{where}, segmentation'
     if isinstance(code, list):
-        fits = all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in code)
-        require(code and fits, f'{where}, segmentation', 'polygons of at least 3 points', code)
-    else:
-        fits = isinstance(code, dict) and {'counts', 'size'} <= set(code)
-        require(fits, f'{where}, segmentation', 'polygons, or counts and size', code)
-        same = list(code['size']) == list(size)
-        require(same, f'{where}, segmentation size', f'{list(size)}, as of its image', code['size'])
+        fits = code and all(_is_polygon(p, size) for p in code)
+        require(fits, where, 'polygons of at least 3 points, in pixels of its image', code)
+        return
+    fits = isinstance(code, dict) and {'counts', 'size'} <= set(code)
+    require(fits, where, 'polygons, or counts and size', code)
+    same = code['size'] == list(size)
+    require(same, f'{where} size', f'{list(size)}, as of its image', code['size'])
+    counts = code['counts']
+    counts = _run_lengths(counts) if isinstance(counts, str) else counts
+    whole = isinstance(counts, list) and all(type(n) is int and n >= 0 for n in counts)
+    fits = whole and sum(counts) == size[0] * size[1]
+    require(fits, f'{where} counts', f'run lengths of {size[0] * size[1]} pixels', code['counts'])
 
 
 def _coco_tables(path):
@@ -116,6 +149,21 @@ def _coco_tables(path):
     for n, picture in enumerate(found['images']):
         for k in ('height', 'width'):
             require_int(picture[k], f'{path}, images[{n}], {k}', least=1)
+        named = isinstance(picture['file_name'], str)
+        require(named, f'{path}, images[{n}], file_name', 'a name', picture['file_name'])
+    for table, key in (
+        ('images', 'id'),
+        ('annotations', 'image_id'),
+        ('annotations', 'category_id'),
+    ):
+        for n, row in enumerate(found[table]):
+            right = isinstance(row[key], (int, str))
+            require(right, f'{path}, {table}[{n}], {key}', 'a number or a word', row[key])
+    for n, row in enumerate(found['categories']):
+        require_int(row['id'], f'{path}, categories[{n}], id')
+        require(
+            isinstance(row['name'], str), f'{path}, categories[{n}], name', 'a name', row['name']
+        )
     return [found[n] for n in names]
 
 

@@ -407,6 +407,10 @@ def _check_heads(heads, shown):
         raise ValueError(f'{shown}: the offsets do not fit the {total} bytes of jpeg')
     if n < 1:
         raise ValueError(f'{shown} holds no images')
+    if 'classes' in heads and (
+        len(heads['classes'][0]) != 1 or heads['classes'][1].kind not in 'US'
+    ):
+        raise ValueError(f'{shown}: classes must be a list of names')
     for key in ('label', 'split'):
         if key in heads and (m := int(np.prod(heads[key][0]))) != n:
             raise ValueError(f'{shown}: {m} entries in {key} for {n} images')

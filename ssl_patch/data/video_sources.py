@@ -24,7 +24,7 @@ from .folders import existing_folder, split_by_class
 from .images import ImageData
 from .layout import split_kind
 from .video_files import PICTURES
-from ..ground.checks import require, require_choice, require_int, require_number
+from ..ground.checks import require, require_choice, require_int, require_number, shown
 from ..ground.text import plain
 
 # %% ../../nbs/data/27_video_sources.ipynb #4f2319ab
@@ -72,6 +72,14 @@ def _name_of(path):
     return os.path.splitext(os.path.basename(path))[0]
 
 
+def _text(file):
+    "`ValueError` that names the file, if it is no text."
+    try:
+        return file.read_text(encoding='utf-8')
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{file} is no text in UTF-8 ({e.reason} at byte {e.start})') from e
+
+
 def read_ucf101(
     folder: Path,  # with classInd.txt somewhere below
     split: int,  # 1, 2 or 3
@@ -91,7 +99,7 @@ def read_ucf101(
         file = lists / f'{part}list{split:02d}.txt'
         if not file.is_file():
             raise FileNotFoundError(f'split {split} has no list {str(file)!r}')
-        lines = [line.split() for line in file.read_text().splitlines() if line.strip()]
+        lines = [line.split() for line in _text(file).splitlines() if line.strip()]
         parts.append([(words[0], words[0].split('/')[0]) for words in lines])
     return tuple(parts)
 
@@ -115,17 +123,28 @@ def read_hmdb51(
     if not lists:
         raise FileNotFoundError(f'split {split} has no files *{ending} below {str(folder)!r}')
     for file in lists:
-        for line in file.read_text().splitlines():
+        for line in _text(file).splitlines():
             name, _, number = line.strip().rpartition(' ')
             if number in parts:
                 parts[number].append((name.strip(), file.name.removesuffix(ending)))
     return parts['1'], parts['2']
 
 
+def _clip_of(row, where):
+    "(name of the file, class or None) of a row of Kinetics. `ValueError` that names the place."
+    try:
+        start, end = (round(float(row[k])) for k in ('time_start', 'time_end'))
+        return f'{row["youtube_id"]}_{start:06d}_{end:06d}', row.get('label') or None
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
+        words = 'youtube_id, time_start and time_end, in seconds'
+        raise ValueError(f'{where}: must have {words}, got {shown(row)}') from e
+
+
 def read_kinetics(
     folder: Path,  # with train.csv, and val.csv or validate.csv or test.csv
 ) -> tuple:  # [(name, class)] of train and of test
-    """The lists of Kinetics. Rows without a label are without a class.
+    """The lists of Kinetics. Rows without a label are without a class. `ValueError` names the file
+    and line of what is none of its rows.
 
     Args:
         folder: with train.csv, and val.csv or validate.csv or test.csv
@@ -136,10 +155,8 @@ def read_kinetics(
     parts = []
     for names in (('train',), ('val', 'validate', 'validation', 'test')):
         files = [f for n in names for f in sorted(folder.rglob(f'*{n}*.csv'))]
-        rows = list(csv.DictReader(files[0].read_text().splitlines())) if files else []
-        time = lambda r, k: f'{round(float(r[k])):06d}'
-        full = lambda r: f'{r["youtube_id"]}_{time(r, "time_start")}_{time(r, "time_end")}'
-        parts.append([(full(r), r.get('label') or None) for r in rows])
+        rows = list(csv.DictReader(_text(files[0]).splitlines())) if files else []
+        parts.append([_clip_of(r, f'{files[0]}, line {n}') for n, r in enumerate(rows, 2)])
     return tuple(parts)
 
 # %% ../../nbs/data/27_video_sources.ipynb #15f389f2
@@ -205,7 +222,7 @@ def find_layout(
     if next(folder.rglob('*_test_split[123].txt'), None):
         return 'hmdb51'
     for file in folder.rglob('*train*.csv'):
-        if 'youtube_id' in file.read_text().partition('\n')[0]:
+        if 'youtube_id' in _text(file).partition('\n')[0]:
             return 'kinetics'
     return 'folders'
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..ground.checks import require
+from ..ground.checks import require, require_kinds
 from ..ground.text import markdown, plain
 from .cache import hash_tensors
 from .features import architecture
@@ -129,6 +129,7 @@ class Record:
     command: str = ''  # that made it, if it was one of `ssl_patch`
 
     def __post_init__(self):
+        require_kinds(self)
         for name, v in dict(value=self.value, chance=self.chance, **self.baselines).items():
             require(0 <= v <= 1, name, 'a fraction in [0, 1]', v)
 
@@ -226,10 +227,10 @@ def translate_record(
     if d.get('tower') == 'target':
         d['tower'] = 'momentum'
         d['encoder'] = 'momentum' if d.get('encoder') == 'target' else d.get('encoder')
-    if 'settings' in d:
+    if isinstance(d.get('settings'), dict):
         d['settings'] = {_OLD_SETTINGS.get(k, k): v for k, v in d['settings'].items()}
     for old, new in _OLD_ARCHITECTURE.items():
-        if 'architecture' in d:
+        if isinstance(d.get('architecture'), str):
             d['architecture'] = d['architecture'].replace(old, new)
     return d
 

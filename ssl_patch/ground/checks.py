@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['shown', 'require', 'require_int', 'require_number', 'require_range', 'nearest', 'require_choice', 'require_known',
-           'require_shape', 'image_size', 'height_width', 'size_words']
+           'require_shape', 'require_kinds', 'image_size', 'height_width', 'size_words']
 
 # %% ../../nbs/ground/00_checks.ipynb #c0000003
 import difflib
 import math
 from collections.abc import Iterable
+from dataclasses import fields
 from numbers import Integral, Real
 
 import numpy as np
@@ -218,6 +219,20 @@ def require_shape(
     fits = right and all(not isinstance(n, int) or n == m for n, m in zip(shape, x.shape))
     words = ','.join('any' if n is None else str(n) for n in shape)
     require(fits, name, f'({words}){f" {dtype}" if dtype else ""}{meaning}', x)
+
+# %% ../../nbs/ground/00_checks.ipynb #c000001b
+def require_kinds(
+    entries,  # a dataclass whose fields are int, float, str, dict, list or bool
+):
+    """`ValueError` that names the first field whose value is of another kind than it says.
+
+    Args:
+        entries: a dataclass whose fields are int, float, str, dict, list or bool
+    """
+    for f in fields(entries):
+        value = getattr(entries, f.name)
+        kind = Real if f.type in (int, float) else f.type
+        require(isinstance(value, kind), f.name, f'a {f.type.__name__}', value)
 
 # %% ../../nbs/ground/00_checks.ipynb #c0000018
 def image_size(

@@ -34,7 +34,7 @@ RUNS = dict(  # a task and a recipe -> what is changed in it
     depth_linear=dict(recipe='linear', epochs=40, batch_size=8, high=5.0),
     depth_tuned=dict(recipe='small', epochs=40, batch_size=8, lr=1e-3, high=5.0),
     detection_frozen=dict(steps=400, freeze='encoder', **HEADS),
-    detection_tuned=dict(steps=400, **HEADS),
+    detection_tuned=dict(steps=400, lr=4e-4, head_lr=5.0, **HEADS),
 )
 
 

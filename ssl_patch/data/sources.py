@@ -18,12 +18,19 @@ import torch
 from torch import Tensor
 
 from .files import ByteFiles, short_reason
-from .folders import align_labels, read_folder, read_pack, split_by_class
+from ssl_patch.data.folders import (
+    align_labels,
+    number_labels,
+    read_folder,
+    read_pack,
+    split_by_class,
+)
 from .given import array_images, dataset_files, dataset_images, given_labels
 from .given import is_dataset, is_path, path_files, picture_images
 from .images import ImageData, Images, TensorImages, resize_center_crop
 from .opening import open_store
 from .photographs import photo_crops
+from .shards import read_shards, shards_at
 from ..ground.checks import image_size, require, require_choice, require_int
 from ..ground.checks import require_number
 
@@ -124,6 +131,21 @@ def _from_pack(path, how):
     return _open_parts(parts, how)
 
 
+def _from_shards(paths, name, labelled, how):
+    "(train, test or None) of tar files."
+    parts = []
+    for (encoded, labels), word in zip(read_shards(paths), ('train', 'test')):
+        y, classes = None, None
+        if labels is not None and labelled is not False:
+            y, classes = number_labels(labels, None, f'labels of {name}')
+        parts.append([encoded, y, classes, f'{name} {word}'])
+    if len(parts) == 2 and parts[1][1] is not None and parts[1][2] != parts[0][2]:
+        require(parts[0][1] is not None, f'labels of {name} train', 'there, as test has some', None)
+        parts[1][1] = align_labels(*parts[1][1:3], parts[0][2], 'test')
+        parts[1][2] = parts[0][2]
+    return _open_parts(parts, how)
+
+
 def _from_paths(paths, labels, name, how):
     "(train, None) of a list of paths, with the labels that were given."
     files = path_files(paths)
@@ -135,11 +157,14 @@ def _from_path(path, name, labelled, how):
     "(train, test or None) of a folder or a packed file."
     if not path.exists():
         raise FileNotFoundError(f'there is no file or folder {str(path)!r}')
+    if shards := shards_at(path):
+        return _from_shards(shards, name, labelled, how)
     if path.is_dir():
         return _from_folder(path, name, labelled, how)
     right = path.suffix.lower() == '.npz'
     what = (
-        'a folder of images or a packed .npz (one picture, or some: [path, ...]; archives: unpack)'
+        'a folder of images, a packed .npz, or shards in .tar files '
+        '(one picture, or some: [path, ...]; other archives: unpack)'
     )
     require(right, 'source', what, str(path))
     return _from_pack(path, how)
@@ -166,6 +191,8 @@ def _from_name(name, root, labelled, download, how):
         found = sorted(glob.glob(str(path), recursive=True))
         if not found:
             raise FileNotFoundError(f'no file is like {name!r}')
+        if all(p.endswith('.tar') for p in found):
+            return _from_shards(found, path.parent.name or 'shards', labelled, how)
         return _from_paths(found, (), path.name, how)
     if not path.exists() and not path.suffix and len(path.parts) == 1 and name[:1] != '~':
         require_choice(name, 'source', ['photos', *_SETS, 'imagenet'])

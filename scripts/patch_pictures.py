@@ -27,7 +27,7 @@ from ssl_patch.evaluation.figures import draw_maps, show_patch_pca, similarity_m
 from ssl_patch.methods.branches import make_queries
 from ssl_patch.methods.densecl import match_accuracy, match_patches, show_matches
 from ssl_patch.methods.geometry import true_match
-from ssl_patch.methods.repco import neighbour_masks, repco_pairs, show_pairs
+from ssl_patch.methods.mining import neighbour_masks, repco_pairs, show_pairs
 from ssl_patch.models.interface import pool_patches
 from ssl_patch.models.files import load_encoder
 from ssl_patch.reports.runs import name_and_seed

@@ -9,7 +9,7 @@ __all__ = []
 from .methods.aps import num_kept, sample_asymmetric, sample_selective, sample_sparse
 from .methods.densecl import match_accuracy, match_patches
 from .methods.geometry import covered_fraction, keep_mask, patch_boxes, true_match
-from .methods.repco import neighbour_masks, repco_pairs
+from .methods.mining import neighbour_masks, repco_pairs
 
 # %% ../nbs/samplers.ipynb #c9000004
 __all__ = [

@@ -18,7 +18,8 @@ from ssl_patch.methods.local_to_global import LocalToGlobal, LocalToGlobalLoss
 from ssl_patch.methods.local_to_global import local_to_global_configs
 from ssl_patch.methods.moco import MoCoV1, MoCoV2, MoCoV3
 from ssl_patch.methods.patch_loss import PatchLosses, ViewOutputs
-from ssl_patch.methods.repco import RepCo, RepCoLoss, repco_pairs
+from ssl_patch.methods.mining import repco_pairs
+from ssl_patch.methods.repco import RepCo, RepCoLoss
 from ssl_patch.methods.ressl import ReSSL
 from ssl_patch.methods.sce import SCE
 from ssl_patch.models.encoders import resnet, vit

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from ssl_patch.methods.repco import (
+from ssl_patch.methods.mining import (
     PatchPairs,
     neighbour_masks,
     repco_pairs,

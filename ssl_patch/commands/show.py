@@ -17,8 +17,9 @@ from ..ground.checks import require_int
 from ..evaluation.sheet import show_representation
 from ..methods.densecl import DenseCLLoss, match_patches, show_matches
 from ..methods.geometry import true_match
+from ..methods.mining import show_pairs
 from ..methods.patch_pictures import show_patches
-from ..methods.repco import RepCoLoss, show_pairs
+from ..methods.repco import RepCoLoss
 from ..models.interface import pool_patches
 from ..models.files import load_encoder
 from ..views.augmentations import make_view, show_views

@@ -1,5 +1,6 @@
 "Papers that compare images: their steps against the formulas, their presets, what they refuse."
 
+import math
 from functools import partial
 import pytest
 import torch
@@ -12,7 +13,7 @@ from ssl_patch.methods.moco import MoCoV1, MoCoV2, MoCoV3, moco_v1_configs, moco
 from ssl_patch.methods.moco import moco_v3_configs
 from ssl_patch.methods.ressl import ReSSL, ressl_configs
 from ssl_patch.methods.sce import SCE, SCELoss, sce, sce_configs
-from ssl_patch.models.encoders import resnet
+from ssl_patch.models.encoders import resnet, vit
 from ssl_patch.models.momentum import SplitBatchNorm
 from ssl_patch.views.augmentations import multi_crop
 
@@ -294,6 +295,21 @@ def test_published_numbers():
     assert m.loss == CO2Loss(tau=0.2, tau_con=0.05, alpha=0.3)
 
 
+def test_published_numbers_of_aps(encoder):
+    small = vit('small', size=32, patch=8, depth=1)
+    assert APS(encoder).train_config.base_lr == 1e-3
+    assert APS(small).train_config.base_lr == 5e-4  # half the rate from ViT-Small on
+    slow = APS(encoder, momentum=0.996).slots()['key_encoder']
+    assert slow == 'EMA 0.996 to 1.0, moved before the step'
+    m = APS(encoder)
+    views, _ = draw(m)
+    for v in range(2):
+        kept = torch.cat([keep[v] for keep in m.draw_patches(views, torch.Generator())], 1)
+        assert kept.shape[1] == math.prod(encoder.grid)  # four quarters
+        if v == 0:  # disjoint: all patches, each once
+            assert (kept.sort().values == torch.arange(kept.shape[1])).all()
+
+
 def test_published_numbers_of_moco_v3():
     for kind, optimizer, rate, decay, warmup, tau in (
         ('vit', 'adamw', 1.5e-4, 0.1, 40, 0.2),
@@ -317,6 +333,8 @@ def test_published_numbers_of_moco_v3():
         (lambda e: APS(e, keep_ratio=1.5, num_draws=1), ['keep_ratio', 'at most 1', 'got 1.5']),
         (lambda e: APS(e, keep_ratio=0.5), ['num_draws', 'at most 2', 'got 4']),
         (lambda e: APS(e, gamma=-1), ['gamma', 'at least 0', 'got -1']),
+        (lambda e: APS(e, preset='mnist'), ['preset', "'cifar'", "got 'mnist'"]),
+        (lambda e: APS(e, tau=0.0), ['tau', 'above 0', 'got 0.0']),
         (lambda e: APS(tiny_resnet()), ['patch_sampler', 'a ViT can', 'got Asymmetric']),
         (lambda e: MoCoV3(e, momentum=2.0), ['momentum', 'at most 1', 'got 2.0']),
         (lambda e: MoCoV3(e, tau=0), ['tau', 'above 0', 'got 0']),

@@ -27,7 +27,7 @@ from ssl_patch.methods.aps import (
     sample_selective,
     sample_sparse,
 )
-from ssl_patch.views.crops import View
+from ssl_patch.views.crops import View, random_boxes
 
 GRIDS = [(1, 1), (1, 8), (8, 1), (3, 5), (7, 7), (14, 14), (16, 16)]
 
@@ -256,6 +256,11 @@ def test_kept_count_is_the_floor_of_the_product():
         for part in range(1, total + 1):
             assert num_kept((1, total), part / total) == part
     assert num_kept(16, 0.25) == 64 and num_kept((3, 5), 0.25) == 3
+    assert num_kept(10, 0.29) == 29  # 0.29 * 100 is 28.999...
+    with pytest.raises(ValueError, match='keep_ratio must be at least 0.1111 on grid=3'):
+        num_kept(3, 0.1)
+    with pytest.raises(ValueError, match='got 1.5'):
+        num_kept(3, 1.5)
 
 
 def test_view1_is_uniform():
@@ -290,6 +295,10 @@ def test_shuffles_beyond_one_partition():
     keep = sample_sparse(50, 8, 0.75, 3, disjoint=False, generator=gen())
     assert keep.shape == (50, 3, 48) and (keep_mask(keep, 8).sum((2, 3)) == 48).all()
     assert not torch.equal(keep[:, 0], keep[:, 1])
+    with pytest.raises(ValueError, match='num_draws must be at most 2'):
+        sample_sparse(3, 14, keep_ratio=0.5)
+    with pytest.raises(ValueError, match='got 0'):
+        sample_sparse(3, 14, num_draws=0)
     keep1, keep2 = sample_asymmetric(
         *random_pair(9, 2)[:2], 8, 0.75, 3, disjoint=False, generator=gen()
     )
@@ -383,6 +392,61 @@ def test_flips_respected_keep_overlap_lower():
     assert overlap(flip1=flip1, flip2=flip2) < 0.75 * overlap()
 
 
+# -- beside an independent implementation, which follows the released code box by box: mean covered
+# fraction of what view 2 keeps, at gamma 0, 1, 3, ...; with flips respected, and ignored
+
+SIZES = dict(cifar=((32, 32), (0.15, 1), 16), photograph=((375, 500), (0.2, 1), 14))
+INDEPENDENT = [
+    ('cifar', True, (0.167, 0.085, 0.041, 0.023, 0.009)),
+    ('cifar', False, (0.167, 0.141, 0.121, 0.117, 0.106)),
+    ('photograph', True, (0.164, 0.087, 0.042)),
+    ('photograph', False, (0.166, 0.143, 0.124)),
+]
+
+
+def random_crops(name, n=2000):
+    torch.manual_seed(0)
+    size, scale, grid = SIZES[name]
+    box1, box2 = (random_boxes(size, scale, n=n) for _ in range(2))
+    return box1, box2, *(torch.rand(2, n) < 0.5), grid
+
+
+def measured(crops, gamma, aware):
+    """(3,pairs): mean covered fraction of view 2's kept patches; part of them touched at all; part
+    of view 2's patches that the 4 draws use."""
+    box1, box2, flip1, flip2, grid = crops
+    flips = dict(flip1=flip1, flip2=flip2) if aware else {}
+    keep1, keep2 = sample_asymmetric(box1, box2, grid, gamma=gamma, **flips)
+    cover = covered_fraction(keep_mask(keep1, grid), box1, box2, flip1, flip2)
+    cover = cover.flatten(2).gather(2, keep2)
+    used = keep_mask(keep2, grid).any(1).float().mean((1, 2))
+    return torch.stack([cover.mean((1, 2)), (cover > 1e-6).float().mean((1, 2)), used])
+
+
+def same_within_errors(values, reference, digit):
+    "Two means of as many pairs: three standard errors of a difference, half a printed digit."
+    allowed = 3 * (2 / len(values)) ** 0.5 * values.std().item() + digit / 2
+    return abs(values.mean().item() - reference) <= allowed
+
+
+@pytest.mark.parametrize('name, aware, reference', INDEPENDENT)
+def test_the_covered_fraction_of_an_independent_implementation(name, aware, reference):
+    crops = random_crops(name)
+    for gamma, value in zip((0, 1, 3, 5, 10), reference):
+        assert same_within_errors(measured(crops, gamma, aware)[0], value, 0.001)
+
+
+def test_patches_touched_and_used_by_an_independent_implementation():
+    crops = random_crops('cifar')
+    for gamma, aware, value in ((0, True, 0.42), (3, True, 0.23), (3, False, 0.34)):
+        new = measured(crops, gamma, aware)
+        assert same_within_errors(new[1], value, 0.01)
+        if (gamma, aware) == (3, True):
+            assert same_within_errors(new[2], 0.69, 0.01)
+        if gamma == 0:  # uniform draws miss a patch with probability 3/4 each
+            assert abs(new[2].mean().item() - (1 - 0.75**4)) < 0.002
+
+
 # -- the slot
 
 
@@ -423,6 +487,7 @@ WRONG = [
         'num_draws must be at most 3 with keep_ratio=0.3.*disjoint=False.*, got 4',
     ),
     (dict(num_draws=0), 'num_draws must be a whole number at least 1, got 0'),
+    (dict(grid=1), 'keep_ratio must be at least 1.0000 on grid=1'),
     (dict(num_draws=2.0), 'num_draws must be a whole number .*, got 2.0'),
     (dict(gamma=-1), 'gamma must be a number at least 0, got -1'),
     (dict(gamma=float('nan')), 'gamma must be .*, got nan'),

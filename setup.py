@@ -39,8 +39,9 @@ setup(
     python_requires='>=' + cfg['min_python'],
     install_requires=shlex.split(cfg['requirements']),
     extras_require={
-        k: shlex.split(cfg[f'{k}_requirements'])
-        for k in ('demo', 'eval', 'video', 'bench', 'docs', 'dev')
+        name.removesuffix('_requirements'): shlex.split(value)
+        for name, value in cfg.items()
+        if name.endswith('_requirements')
     },
     long_description=(here / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',

@@ -295,7 +295,7 @@ def read_torchvision(
         sides = height_width(net.image_size)
         require(x.shape[2:] == sides, 'x', f'images of {sides[0]} x {sides[1]} pixels', x)
         tokens = net.conv_proj(x).flatten(2).transpose(1, 2)
-        first = net.class_token.expand(len(x), -1, -1)
+        first = net.class_token.expand(x.shape[0], -1, -1)
         tokens = net.encoder(torch.cat([first, tokens], 1))
         return net.heads(tokens[:, 0]), _of_tokens(tokens[:, 1:], x)
     with _Averages() as averages:
@@ -338,7 +338,7 @@ def read_own(
     Returns:
         image (B,D); (patches (B,M,D'), grid), or a str: why there are none
     """
-    out, B = net(x), len(x)
+    out, B = net(x), x.shape[0]  # not len: a batch may be a symbol
     image, patches = getattr(out, 'image', out), 'it gives a vector for each image, and no map'
     if isinstance(image, Tensor) and image.ndim == 4:
         if image.shape[2] * image.shape[3] > 1:
@@ -347,7 +347,7 @@ def read_own(
     elif image is not out and getattr(out, 'has_patches', True) and out.patches is not None:
         patches = out.patches, tuple(out.grid)
     words = 'vectors (B,D), a map (B,C,rows,columns), or Features(image, patches, grid)'
-    fine = isinstance(image, Tensor) and image.ndim == 2 and len(image) == B
+    fine = isinstance(image, Tensor) and image.ndim == 2 and image.shape[0] == B
     require(fine, 'what it gives', words, image if isinstance(image, Tensor) else type(image))
     if isinstance(patches, tuple):
         M, (rows, cols) = patches[0].shape[1], patches[1]

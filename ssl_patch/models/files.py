@@ -19,6 +19,7 @@ from . import encoders  # noqa: F401 (makes its kinds known)
 from .cards import current_spec, digest, json_dict, read_header, require_as_written
 from .channels import require_stats
 from .external import fill_encoder, wrap
+from .hub import is_hub_folder, load_hub_folder
 from .interface import Encoder, build_encoder, check_spec, encoder_kinds, spec_of
 from .libraries import library_name
 from .shipped import trained_encoders
@@ -303,6 +304,12 @@ def _file_in(folder, tower):
 
 def _open_path(path, arch, arch_args, size, resize, tower, seed):
     "What a path leads to: a run folder, a file of ours, or a foreign file."
+    if path.is_dir() and is_hub_folder(path) and arch is None:
+        words = 'None: config.json tells the architecture'
+        require(not arch_args and not resize, 'arch_args and resize', words, (arch_args, resize))
+        encoder = load_hub_folder(path)
+        _require_tower(dict(tower=encoder.tower), tower, path)
+        return _sized(encoder, size, path)
     if path.is_dir():
         path = _file_in(path, tower)
     if not path.is_file():

@@ -39,16 +39,16 @@ RUNS = dict(  # a task and a recipe -> what is changed in it
 
 
 def starts(folder) -> list:
-    "(name, seed, function that gives the encoder) of every run, and of random weights."
+    "(name, seed, function of a seed that gives the encoder) of every run, and of random weights."
     found, random = [], {}
     for run in run_folders(folder):
         if not (run / 'encoder.safetensors').is_file():
             continue  # not finished yet
         name, seed = name_and_seed(run)
-        found.append((name, seed, lambda run=run: tower_encoder(run)))
+        found.append((name, seed, lambda _, run=run: tower_encoder(run)))
         kind = architecture(tower_encoder(run)).split()[0]
         key = f'random {kind}', seed
-        random.setdefault(key, lambda run=run, seed=seed: tower_encoder(run).reinitialized(seed))
+        random.setdefault(key, lambda s, run=run: tower_encoder(run).reinitialized(s))
     return [*((*k, make) for k, make in random.items()), *found]
 
 
@@ -69,6 +69,8 @@ def main(words=None):
     parser.add_argument('--out', required=True, help='file of records, one a line')
     parser.add_argument('--only', default='', help='encoders whose name has this word')
     parser.add_argument('--seeds', type=int, nargs='*', help='these alone; by default all')
+    more = 'seeds of head, order and random weights; by default that of the run'
+    parser.add_argument('--head-seeds', type=int, nargs='*', help=more)
     given = parser.parse_args(words)
     torch.set_num_threads(1)
 
@@ -85,11 +87,11 @@ def main(words=None):
     there = done(path)
     for name, seed, make in starts(given.runs):
         asked = given.only in name and (given.seeds is None or seed in given.seeds)
-        left = [r for r in wanted if asked and (name, seed, r) not in there]
-        for run in left:
+        heads = (given.head_seeds or [seed]) if asked else []
+        for s, run in [(s, run) for s in heads for run in wanted if (name, s, run) not in there]:
             measure, source = data[run.split('_')[0]]
-            encoder = make()
-            how = dict(name=name, seed=seed, baselines=False, progress='quiet')
+            encoder = make(s)
+            how = dict(name=name, seed=s, baselines=False, progress='quiet')
             if (
                 run.endswith('linear')
                 and hasattr(encoder, 'net')
@@ -101,7 +103,7 @@ def main(words=None):
             with open(path, 'a', encoding='utf-8') as f:
                 f.write(json.dumps(record.to_dict(), ensure_ascii=False) + '\n')
             value = f'{record.metric} {record.value:.3f} (chance {record.chance:.3f})'
-            print(f'{name}, seed {seed}, {run}: {value}, {record.seconds:.0f} s', flush=True)
+            print(f'{name}, seed {s}, {run}: {value}, {record.seconds:.0f} s', flush=True)
 
 
 if __name__ == '__main__':

@@ -368,6 +368,9 @@ def test_the_script_measures_what_is_missing(tmp_path, monkeypatch, capsys):
     tool.main([*words, '--rgbd', str(tmp_path / 'room')])
     assert len(load_records(out)) == 8 and len(out.read_text().splitlines()) == 8
     assert capsys.readouterr().out.count('segmentation_linear') == 2  # nothing twice
+    tool.main([*words, '--only', 'Tiny', '--head-seeds', '3', '5'])
+    new = load_records(out)[8:]
+    assert {(r.encoder, r.seed) for r in new} == {('Tiny net', 5)} and len(new) == 2
 
 
 # ---- collages

@@ -10,14 +10,16 @@ import torch.nn.functional as F
 from ssl_patch.methods.branches import l2_normalize
 from ssl_patch.methods.co2 import CO2Loss, co2, co2_consistency
 from ssl_patch.methods.contrast import info_nce, label_entropy
+from ssl_patch.methods.densecl import DenseCLLoss, queue_like
 from ssl_patch.methods.mining import neighbour_masks, repco_pairs
 from ssl_patch.methods.patch_loss import ViewOutputs
 from ssl_patch.methods.repco import RepCo, RepCoLoss, repco
 from ssl_patch.methods.ressl import ReSSLLoss, ressl
-from ssl_patch.methods.sce import SCELoss, sce, sce_soft_labels
+from ssl_patch.methods.sce import SCELoss, sce, sce_soft_labels, show_soft_labels
 from ssl_patch.models.encoders import vit
 from ssl_patch.models.heads import Projections
 from ssl_patch.models.interface import Features
+from ssl_patch.models.momentum import Queue
 from ssl_patch.views.crops import View
 
 q = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
@@ -199,6 +201,27 @@ def test_soft_labels_of_the_slots():
     near(label_entropy(SCELoss(tau_m=1e6).soft_labels(keys, older)), half_known, eps=1e-4)
 
 
+@pytest.mark.parametrize(
+    'call, words',
+    [
+        (lambda: ReSSLLoss(tau_s=-1.0), 'tau_s must be a number above 0, got -1.0'),
+        (lambda: CO2Loss(tau_con=0.0), 'tau_con must be a number above 0, got 0.0'),
+        (lambda: SCELoss(positive_mode='none'), "'masked' or 'zero_logit', got 'none'"),
+        (
+            lambda: SCELoss(in_batch=True, positive_mode='zero_logit'),
+            "positive_mode must be 'masked' with keys of the batch",
+        ),
+        (
+            lambda: show_soft_labels(torch.rand(3, 8, 8), torch.rand(6, 3, 8, 8), dict(a=same[0])),
+            'labels must be rows of 6',
+        ),
+    ],
+)
+def test_slots_refuse(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
 # ---- patches
 
 
@@ -214,6 +237,29 @@ def outputs(features=None, grad=False, B=4, M=16, d=8, D=12):
     boxes = torch.tensor([[0.0, 0, 8, 8]] * B)
     view = View(torch.zeros(B, 3, 8, 8), boxes, torch.zeros(B, dtype=torch.bool))
     return ViewOutputs(view, one(grad), one())
+
+
+def test_densecl_in_its_slot():
+    "The features of view b are those of view a in reverse order, so the match must undo it."
+    torch.manual_seed(0)
+    f = torch.randn(4, 16, 12)
+    a, b = outputs(features=f, grad=True), outputs(features=f.flip(1))
+    z = l2_normalize(torch.randn(32, 8))
+    loss = DenseCLLoss()(a, b, z)
+    s = (a.query.patches * b.key.patches.flip(1)).sum(2) / 0.2
+    n = torch.einsum('bmd,kd->bmk', a.query.patches, z) / 0.2
+    want = -(s - torch.cat([s[..., None], n], 2).logsumexp(2)).mean()
+    near(loss.item(), want.item(), eps=1e-5)
+    loss.backward()
+    assert a.query.patches.grad.abs().sum() > 0
+    assert not any(x.grad is not None for x in (a.query.image, a.key.patches, b.key.patches))
+    assert DenseCLLoss().chance(4, 16, 32) == math.log(33)
+    assert DenseCLLoss().chance(4, 16, 0) == math.log(4)
+
+
+def test_a_queue_of_image_means_is_as_long_as_that_of_images():
+    assert queue_like(None, 100).label == 'queue fitted to the data, at most 100'
+    assert (queue_like(64, 100).size, queue_like(Queue(64), 100).size) == (64, 64)
 
 
 def test_repco_in_its_slot():

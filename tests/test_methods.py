@@ -344,6 +344,14 @@ def test_published_numbers_of_moco_v3():
         (lambda e: ReSSL(e, tau_t=-1.0), ['tau_t', 'above 0', 'got -1.0']),
         (lambda e: CO2(e, 'simclr'), ['host', "'moco_v1' or 'moco_v2'", "got 'simclr'"]),
         (lambda e: CO2(e, alpha=-1.0), ['alpha', 'at least 0', 'got -1.0']),
+        (lambda e: CO2(e, preset='mnist'), ['preset', "'cifar'", "got 'mnist'"]),
+        (lambda e: ReSSL(e, preset='mnist'), ['preset', "'cifar'", "got 'mnist'"]),
+        (lambda e: MoCoV2(e, preset='mnist'), ['preset', "'cifar'", "got 'mnist'"]),
+        (lambda e: MoCoV1(e, tau=0.0), ['tau', 'above 0', 'got 0.0']),
+        (
+            lambda e: MoCoV2(tiny_resnet()).set_data_size(1000, 12),
+            ['batch_size must be a multiple of 8', 'got 12'],
+        ),
     ],
 )
 def test_wrong_numbers_are_told_before_any_work(encoder, call, words):

@@ -82,6 +82,33 @@ def test_killed_then_called_again(tmp_path):
     assert [h['epoch'] for h in one.history] == [1, 2, 3, 4, 5, 6] and len(one.records) == 1
 
 
+@pytest.mark.parametrize(
+    'words, fault',
+    [
+        ('pretrain = --method mocov2', "did you mean 'moco_v2'"),
+        ('pretrain = --method moco_v2 --options tua=.1', "no option 'tua'"),
+        ('pretrain = --method moco_v2 --epoch 3', "did you mean '--epochs'"),
+        ('pretrain = --method moco_v2 --data nowhere', "no folder or file 'nowhere'"),
+        ('pretrain = --method moco_v2 --train-config weight_dcay=1', "no option 'weight_dcay'"),
+        ('pretrain = --method moco_v2\nprobe = --protocols kmm', "got 'kmm'"),
+        ('pretrain = --method moco_v2\nprobe = --settings knn.l=3', "knn has no option 'l'"),
+    ],
+)
+def test_a_plan_is_tried_before_its_first_run(tmp_path, capsys, monkeypatch, words, fault):
+    "A later run that cannot be made is told at once, and nothing begins; by a commit it is said."
+    monkeypatch.setattr('ssl_patch.commands.campaign.run_plan', lambda *a: pytest.fail('it began'))
+    file = plan_in(tmp_path, more=f'[wrong]\n{words}\n')
+    with pytest.raises(ValueError, match='nothing was begun: 1 of 2 runs'):
+        parsed(['campaign', str(file)]).go()
+    said = capsys.readouterr().out
+    assert said.startswith('wrong_seed0: ') and fault in said
+    assert not (tmp_path / 'runs').exists()
+    monkeypatch.setattr('ssl_patch.commands.campaign.run_plan', lambda *a: 'a table')
+    file.write_text(file.read_text().replace('[plan]', '[plan]\ncommit = HEAD'))
+    parsed(['campaign', str(file)]).go()
+    assert 'commit HEAD may know better' in capsys.readouterr().out
+
+
 def test_stopped_by_a_signal(tmp_path):
     "SIGTERM: the run writes a checkpoint, the campaign ends with 143."
     file = plan_in(tmp_path, epochs=200)
@@ -92,7 +119,7 @@ def test_stopped_by_a_signal(tmp_path):
     text = process.communicate(timeout=120)[0]
     assert process.returncode == 143 and 'was stopped; the next call goes on' in text
     log = (tmp_path / 'runs' / '.campaign' / 'MoCo_v2_seed0.log').read_text()
-    assert 'stopped after batch' in log
+    assert 'stopped after batch' in log and '; --resume goes on' in log
     plan = read_plan(file)
     state = job_state(plan, plan.jobs[0])
     assert state['done'] == 0 and state['seconds'] > 0 and not state['error']

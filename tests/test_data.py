@@ -229,11 +229,11 @@ BAD = [
     (lambda t: images(t / 'nowhere'), FileNotFoundError, 'nowhere'),
     (lambda t: images(str(t / 'nowhere.npz')), FileNotFoundError, 'nowhere'),
     (lambda t: images(t), FileNotFoundError, 'no images'),
-    (lambda t: images('cifar11'), ValueError, "photos.*got 'cifar11'; did you mean 'cifar10'"),
+    (lambda t: images('cifar11'), FileNotFoundError, "'cifar11'.*photos.*did you mean 'cifar10'"),
     (
         lambda t: images('qqqq'),
-        ValueError,
-        "source must be one of 'photos', 'cifar10', .*got 'qqqq'",
+        FileNotFoundError,
+        "no folder or file 'qqqq'; images are in a folder, a packed .npz, .tar files, or one of",
     ),
     (
         lambda t: images(np.zeros((4, 8, 8, 3), np.float32)),

@@ -217,6 +217,7 @@ run.fit();"""
     said = [o for o in nb.cells[0].outputs if o.get('name') != 'stderr']
     assert [o.output_type for o in said] == ['stream']
     assert said[0].text.startswith('stopped after batch 6 of 36; checkpoint in')
+    assert said[0].text.endswith('fit() goes on\n')
 
 
 def test_a_cell_that_is_run_again(pretrainer, tmp_path):

@@ -122,6 +122,21 @@ LINES = [
     (f'{PLAIN} --encoder torchvision/maskrcnn_resnet50_fpn', 'no image network'),
     (f'{PLAIN} --encoder torchvision/resnet18 --depth 2', 'depth must be left out'),
     (f'{PLAIN} --encoder timm/resnet18', 'patch_sampler must be None for this encoder'),
+    (f'{TRAIN} --data nowhere', "no folder or file 'nowhere'; images are in a folder, a packed"),
+    (
+        f'{PLAIN} --method sce --encoder slow_resnet18 --data nowhere',
+        'videos are a folder, a list of paths',
+    ),
+    ('probe --encoder resnet18 --data nowhere', "no folder or file 'nowhere'"),
+    ('probe --encoder vit_tiny --arch timm/resnet18 --data pics', '--arch must be left out'),
+    ('probe --encoder vit_tiny --size 16 --data pics/train', 'test_fraction=.2 makes one of train'),
+    (
+        'probe run --data collages --protocols detection --size 16',
+        'detection.side=... sets its own',
+    ),
+    ('probe run --data collages --protocols detection --resize 9', 'detection.short=... sets its'),
+    ('probe run --data collages --protocols segmentation --size 16', 'segmentation.size=... sets'),
+    ('probe run --data pics --protocols segmentation', '(classes=5), for pics'),
     ('probe run --subset 0', 'subset must be a whole number at least 1'),
     ('probe run --size 0', 'size must be a whole number at least 1'),
     ('probe run --resize 0', 'resize must be a whole number at least 1'),
@@ -212,6 +227,19 @@ def test_a_wrong_command_line(place, capsys, monkeypatch, line, word):
     assert end.value.code == 2 and said.count('\n') == 1 and said.startswith('ssl_patch: ')
     assert word in said and 'SSL_PATCH_TRACEBACK' not in said, said
     assert len(said) < 900
+
+
+def test_a_network_by_the_name_that_pretrain_gives_it(place, tmp_path, capsys, monkeypatch):
+    "With random weights, which is said; of a folder without a test part, a share is measured on."
+    from ssl_patch.evaluation.records import load_records
+
+    monkeypatch.chdir(place)
+    words = f'--size 16 --protocols knn --out {tmp_path} --test-fraction .3'
+    with pytest.warns(UserWarning, match='so k=14, not 20'):
+        main(f'probe --encoder resnet18 --data pics/train {words}'.split())
+    assert 'resnet18 for 16 pixels has random weights (seed 0)' in capsys.readouterr().out
+    (record,) = load_records(tmp_path)
+    assert (record.n_train, record.n_test) == (14, 6) and 'random encoder' not in record.baselines
 
 
 def test_what_nobody_foresaw_is_one_line_too(place, capsys, monkeypatch):

@@ -228,7 +228,7 @@ def test_killed_from_outside(tmp_path, number, code):
     text = p.communicate(timeout=60)[0]
     assert p.returncode == code, text
     if number == signal.SIGTERM:
-        assert 'stopped after batch' in text
+        assert 'stopped after batch' in text and 'resume=True goes on' in text
     done = torch.load(out / 'checkpoint.pt', weights_only=True)['batches']
     p = go('resume')
     text = p.communicate(timeout=120)[0]

@@ -32,6 +32,13 @@ class DenseProtocol:
     readers: tuple  # functions that `open` may pass these settings to
     task: type  # a dataclass: its fields can be set
     measure: object  # function (encoder, data, settings) -> Record
+    side: str = 'size'  # setting for the size of the images
+    short: str = 'resize'  # setting for their short side
+
+    @property
+    def sizes(self) -> dict:
+        "What the command's --size and --resize are called here."
+        return dict(size=self.side, resize=self.short)
 
     @property
     def of_data(self) -> set:
@@ -56,7 +63,9 @@ dense_protocols = dict(
         segmentation,
     ),
     depth=DenseProtocol(open_depths, (collages, folder_depths), Depth, monocular_depth),
-    detection=DenseProtocol(detection_data, (detection_data,), Detection, detection),
+    detection=DenseProtocol(
+        detection_data, (detection_data,), Detection, detection, side='side', short='short'
+    ),
 )
 
 

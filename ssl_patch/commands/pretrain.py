@@ -18,12 +18,14 @@ from ..reports.profile import profile_run
 from ..reports.runs import load_run
 from ..training.run_folder import RunFolder, as_json
 from ..training.pretrain import Pretrainer
+from ..training.setup import require_device, resolve_config
 from ssl_patch.commands.words import (
     change_augmentations,
     encoder_from_words,
     import_modules,
     load_data,
     parse_options,
+    require_data,
 )
 
 # %% ../../nbs/commands/02_pretrain.ipynb #c2000006
@@ -42,10 +44,14 @@ class Setup:
     "What is trained, on what, and how."
 
     data: str = 'photos'
-    "'photos', 'cifar10', 'cifar100', 'stl10', a folder of images, or a packed .npz"
+    """'photos', 'cifar10', 'cifar100', 'stl10', a folder of images, or a packed .npz;
+    of clips a folder of videos, or 'collages'"""
 
     subset: int | None = None
     'train on this many images, the same for every seed, classes in equal parts; by default all'
+
+    test_fraction: float = 0.0
+    'of data without a test part: this share of every class is kept for measuring, such as .2'
 
     modules: tuple[str, ...] = ()
     'Python modules to import first, also from the working folder: those of methods of your own'
@@ -166,7 +172,16 @@ class Setup:
         "The data and the method."
         method = self.build_method()  # what is wrong with it is told before data are read
         clips = (self.frames, self.seconds) if hasattr(method.encoder, 'frames') else None
-        return load_data(self.data, self.size, self.subset, self.channels, clips), method
+        how = self.subset, self.channels, clips, self.test_fraction
+        return load_data(self.data, self.size, *how), method
+
+    def try_out(self):
+        "What can be found wrong with these options without reading an image: `ValueError`, ..."
+        method = self.build_method()
+        changes = parse_options(self.train_config, taken=SET_BY_COMMAND)
+        resolve_config(method, 10**6, self.epochs, self.batch_size, changes)
+        require_device(self.device or 'cpu')
+        require_data(self.data, drawn=hasattr(method.encoder, 'frames'))
 
     def pretrainer(self, **more) -> Pretrainer:  # run folder and the like
         "The run, before its first batch. Says what the data are."

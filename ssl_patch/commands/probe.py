@@ -15,7 +15,14 @@ import torch
 from tyro.conf import Positional
 from .dense import dense_protocols, measure_dense
 from .pretrain import read_config, saved
-from .words import import_modules, load_labelled, parse_options
+from ssl_patch.commands.words import (
+    import_modules,
+    is_by_name,
+    load_labelled,
+    parse_options,
+    require_data,
+    untrained,
+)
 from ..evaluation.features import architecture
 from ..evaluation.knn import knn
 from ..evaluation.linear import linear_probe_cached
@@ -93,7 +100,7 @@ def settings_of(
     if protocol in protocols:
         return accepted(protocol) - {*BY_COMMAND}
     p = dense_protocols[protocol]
-    return (p.of_data | p.of_task) - {*BY_COMMAND} | {'size', 'resize'}
+    return (p.of_data | p.of_task) - ({*BY_COMMAND} - {'size', 'resize'})
 
 
 def protocol_settings(
@@ -185,7 +192,8 @@ class Probe:
     'run folders, or folders of them: their encoders, their data; records are added to them'
 
     encoder: str | None = None
-    "or one encoder: a file, timm/NAME, torchvision/NAME, or somebody's checkpoint with --arch"
+    """or one encoder: a file, timm/NAME, torchvision/NAME, or somebody's checkpoint with --arch;
+    resnet18, vit_tiny, slow_resnet18 and so on as in pretrain, with random weights"""
 
     arch: str | None = None
     'the network of such a checkpoint: timm/NAME or torchvision/NAME'
@@ -196,6 +204,9 @@ class Probe:
     channels: int | None = None
     'of --encoder: bands of the images, where it was made for others; its first layer is inflated'
 
+    frames: int = 8
+    'of a clip, of --encoder slow_resnet18 and the like'
+
     tower: str = 'online'
     "or 'momentum': the momentum encoder of a run, or of a checkpoint"
 
@@ -203,11 +214,15 @@ class Probe:
     'Python modules to import first, also from the working folder: those of encoders of your own'
 
     data: str | None = None
-    'labelled data with a test split, or a VOC folder; by default the data of the run. For dense '
-    "tasks a folder with masks, depth or boxes, or 'collages'"
+    """labelled data with a test split, or a VOC folder; by default the data of the run. For dense
+    tasks a folder with masks (of your own: --settings segmentation.classes=5), depth or boxes, or
+    'collages'"""
 
     subset: int | None = None
     'use this many of the training images; by default those that the run was trained on'
+
+    test_fraction: float | None = None
+    'of data without a test part: this share of every class is measured on, such as .2'
 
     size: int | None = None
     "image side, pixels; by default the encoder's"
@@ -252,7 +267,10 @@ class Probe:
         run,  # a run folder, or None: --encoder
     ):
         "The encoder to measure, on its device."
-        if self.encoder:
+        if self.encoder and is_by_name(self.encoder):
+            how = dict(channels=self.channels or 3, frames=self.frames)
+            encoder = untrained(self.encoder, self.size or 32, self.seed or 0, **how)
+        elif self.encoder:
             how = dict(pretrained=not self.random, tower=self.tower, channels=self.channels)
             encoder = open_encoder(self.encoder, self.size, self.arch, **how)
         else:
@@ -267,12 +285,13 @@ class Probe:
         loaded: dict,  # data that were loaded already; what is loaded is added
     ) -> tuple:  # (ImageData, targets or None)
         "The data to measure on."
-        source, subset = self.data, self.subset
+        source, subset, fraction = self.data, self.subset, self.test_fraction
         if source is None:
             first = saved(run)
             source, subset = first.data, first.subset if subset is None else subset
+            fraction = first.test_fraction if fraction is None else fraction
         size, channels = self.size or encoder.size, getattr(encoder, 'channels', 3)
-        what = source, size, subset, channels, self.clips(run, encoder)
+        what = source, size, subset, channels, self.clips(run, encoder), fraction or 0.0
         if what not in loaded:
             loaded[what] = load_labelled(*what)
         return loaded[what]
@@ -333,12 +352,14 @@ class Probe:
             raise ValueError('give run folders, or --encoder')
         if self.encoder and self.data is None:
             raise ValueError('--encoder needs --data')
+        named = bool(self.encoder) and is_by_name(self.encoder)
+        require(not (named and self.arch), '--arch', 'left out: it is for files', self.arch)
         dense = [p for p in self.protocols if p in dense_protocols]
         if dense and self.data is None:
             raise ValueError(f"{dense[0]} needs --data: a folder, or 'collages'")
         for name in ('size', 'resize'):
             if dense and getattr(self, name):
-                own = f'{dense[0]}.{name}'
+                own = f'{dense[0]}.{dense_protocols[dense[0]].sizes[name]}'
                 raise ValueError(
                     f'--{name} is not for {dense[0]}; --settings {own}=... sets its own'
                 )
@@ -350,6 +371,16 @@ class Probe:
             raise ValueError(
                 '--out: records of several runs would be mixed up; they go into the folder of each'
             )
+
+    def try_out(self):
+        "What can be found wrong with these options without a run or an image: `ValueError`, ..."
+        import_modules(self.modules)
+        protocol_settings(self.settings, self.protocols)
+        self.check()
+        require_device(self.device or 'cpu')
+        if self.data:
+            drawn = any(p in dense_protocols or p.startswith('video') for p in self.protocols)
+            require_data(self.data, drawn)
 
     def measure(self) -> list:  # records
         "A record per encoder and protocol."

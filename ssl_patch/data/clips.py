@@ -156,6 +156,8 @@ class Clips(Images):
         difference: every clip is handed out as its temporal difference
     """
 
+    kind = 'videos'
+
     def __init__(
         self,
         videos,  # VideoFiles, FrameFolders or VideoTensor
@@ -178,9 +180,6 @@ class Clips(Images):
 
     def __len__(self):
         return len(self.encoded)
-
-    def __repr__(self):
-        return super().__repr__().replace(' images, ', ' videos, ', 1)
 
     @property
     def channels(self) -> int:
@@ -216,6 +215,14 @@ class Clips(Images):
         "A hash of all files, and of how clips are taken."
         said = super().content(), self.frames, self.seconds, self.difference
         return hashlib.blake2b(repr(said).encode(), digest_size=8).hexdigest()
+
+    def is_broken(self, i) -> bool:
+        "Whether video i was found not to decode, so that another stands in for it."
+        return bool(self._state[i] == 1)
+
+    def mark_broken(self, rows: list):
+        "Know of videos that they cannot be decoded, from an earlier look."
+        self._state[rows] = 1
 
     def _found(self, kind, reason):
         rows = (self._state == kind).nonzero().flatten().tolist()

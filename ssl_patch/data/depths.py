@@ -53,7 +53,7 @@ def read_depth(
         (H,W) float32, metres; NaN for a hole
     """
     x, whole, eight = _numbers(data)
-    told = 'told for 8 bits, of which nobody knows what they mean'
+    told = 'told for 8 bits, of which nobody knows what they mean (of masks: open_masks)'
     require(unit is not None or not eight, 'unit', told, unit)
     unit = unit or (0.001 if whole else 1.0)
     x = x.astype(np.float64)
@@ -108,4 +108,6 @@ def open_depths(
         source: 'collages', or a folder
         **more: what `collages` or `folder_depths` takes
     """
-    return collages('depth', **more) if source == 'collages' else folder_depths(source, **more)
+    if source == 'collages':
+        return collages('depth', **more)
+    return folder_depths(existing_folder(source, "'collages' needs none"), **more)

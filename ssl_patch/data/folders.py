@@ -22,24 +22,28 @@ from .decoding import BandsError, decode
 from .files import ByteFiles, BytePack, array_header, listed, short_reason
 from .fingerprints import in_threads
 from .headers import quick_header
-from .layout import ENDINGS, find_parts, sub_folders, suspicions, walk
+from .layout import ENDINGS, VIDEOS, find_parts, sub_folders, suspicions, walk
 from ..ground.checks import require, require_int, require_number
 from ..ground.text import plain
 
 # %% ../../nbs/data/09_folders.ipynb #90a85927
 def existing_folder(
     path,  # of a folder; ~ is the home
+    instead: str = '',  # what else is taken, in words
 ) -> Path:
     """A Path to a folder that is there.
 
     Args:
         path: of a folder; ~ is the home
+        instead: what else is taken, in words
     """
     path = Path(path).expanduser()
     if not path.exists():
-        raise FileNotFoundError(f'there is no folder {str(path)!r}')
+        raise FileNotFoundError(
+            f'there is no folder {str(path)!r}' + f'; {instead}' * bool(instead)
+        )
     if not path.is_dir():
-        raise ValueError(f'{str(path)!r} is no folder')
+        raise ValueError(f'{str(path)!r} is no folder, but a file' + f'; {instead}' * bool(instead))
     return path
 
 
@@ -61,6 +65,8 @@ def list_images(
     paths, left = walk(folder)
     if not paths:
         found = ''.join(f'; {k}: {len(v)} ({listed(v)})' for k, v in left.items())
+        if VIDEOS & left.keys():
+            found += '; videos(folder) reads videos, for an encoder of clips (slow_resnet18)'
         raise FileNotFoundError(
             f'no images in the folder {str(folder)!r}; '
             f'looked for files ending in {", ".join(ENDINGS)}, in sub-folders too{found}'

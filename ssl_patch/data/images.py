@@ -89,6 +89,7 @@ class Images:
         encoded: the files that the images are from: ByteFiles, BytePack or None
     """
 
+    kind = 'images'  # in words
     bands, value_range = None, None  # that were asked for, or found, when files were decoded
 
     def __init__(
@@ -136,6 +137,9 @@ class Images:
     def is_broken(self, i) -> bool:
         "Whether image i could not be decoded, so that another stands in for it."
         return False
+
+    def mark_broken(self, rows: list):
+        "Know of images that they cannot be decoded, from an earlier look."
 
     @property
     def names(self) -> list | None:
@@ -214,7 +218,7 @@ class Images:
         labels = '' if self.labels is not None else 'no labels'
         if self.classes:
             labels = f'{len(self.classes)} classes'
-        parts = [f'{len(self):,} images', self._shape(), labels]
+        parts = [f'{len(self):,} {self.kind}', self._shape(), labels]
         if self.skipped:
             parts.append(f'{len(self.skipped)} skipped')
         return f'{type(self).__name__} {plain(self.name)}: ' + ', '.join(p for p in parts if p)

@@ -210,12 +210,14 @@ def open_masks(
     """
     if source == 'collages':
         return collages('mask', **more)
-    root = existing_folder(source)
+    root = existing_folder(source, "'collages' needs none")
     if (root / 'leftImg8bit').is_dir():
         return cityscapes_masks(root, **more)
     if any(any(root.glob(f'{p}ImageSets')) for p in ('', 'VOC*/', 'VOCdevkit/VOC*/')):
         return voc_masks(root, **more)
     if classes is None and root.name.lower() == 'camvid':
         return folder_masks(root, camvid_classes, (11, 255), **more)
-    require(classes is not None, 'classes', 'the names of the classes, or their number', classes)
+    what = f'the names of the classes, or their number (classes=5), for {root.name}, whose layout '
+    what += 'is not one that is known'
+    require(classes is not None, 'classes', what, classes)
     return folder_masks(root, classes, **more)

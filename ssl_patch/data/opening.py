@@ -77,6 +77,10 @@ def _check_bands(encoded, heads, bad, channels, name):
         names = listed([encoded.name(i) for i in sorted(got)])
         had = ' or '.join(map(str, sorted(set(got.values()))))
         which = f'{len(got)} of {len(encoded)} images of {name} have {had} bands ({names})'
+        if most == 4:
+            which += '; where the fourth is alpha, 3 leaves it out'
+        elif most + 1 == channels:
+            which += '; alpha, where there is any, is not counted: it is laid on white'
         require(False, 'channels', f'{what}, as {which}', channels)
 
 

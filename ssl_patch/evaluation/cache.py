@@ -76,21 +76,24 @@ def probe_noise(
     size: int | tuple,  # of the pictures, pixels
     layer: str = 'image',  # 'image' or 'patch_mean'
     amp: bool = False,  # bfloat16 autocast
+    frames: int | None = None,  # of clips; None: pictures
 ) -> Tensor:  # (4,D)
-    """What an encoder says of four fixed pictures of noise.
+    """What an encoder says of four fixed pictures, or clips, of noise.
 
     Args:
         encoder: to be asked
         size: of the pictures, pixels
         layer: 'image' or 'patch_mean'
         amp: bfloat16 autocast
+        frames: of clips; None: pictures
 
     Returns:
         (4,D)
     """
     require_choice(layer, 'layer', LAYERS)
     place = size_and_device(encoder, size, None)[1]
-    shape = 4, getattr(encoder, 'channels', 3), *height_width(size)
+    time = () if frames is None else (frames,)
+    shape = 4, getattr(encoder, 'channels', 3), *time, *height_width(size)
     x = torch.rand(*shape, generator=torch.Generator().manual_seed(0))
     half = autocast_for(encoder, place, amp)
     with frozen(encoder), accepted_size(encoder, size) as sized, half:
@@ -99,21 +102,23 @@ def probe_noise(
 
 # %% ../../nbs/evaluation/04_cache.ipynb #e40b8c55
 def _read_features(file):
-    "Features from a file, or None where there is none that can be read."
+    "Features from a file, and the numbers of broken images; None where none can be read."
     if not file or not file.is_file():
         return None
     try:
         require_undamaged(file)
-        return torch.from_numpy(np.load(file, allow_pickle=False)['features'])
+        found = np.load(file, allow_pickle=False)
+        broken = found['broken'].tolist() if 'broken' in found else []
+        return torch.from_numpy(found['features']), broken
     except (ValueError, KeyError, EOFError, OSError):
         return None
 
 
-def _write_features(file, x):
-    "Written aside, then renamed: a file is whole or not there."
+def _write_features(file, x, broken):
+    "Written aside, then renamed: a file is whole or not there. An archive, which has check sums."
     file.parent.mkdir(parents=True, exist_ok=True)
     data = io.BytesIO()
-    np.savez(data, features=x.numpy())  # an archive, which has check sums
+    np.savez(data, features=x.numpy(), broken=np.array(broken, np.int64))
     atomic_write(file, data.getvalue())
 
 
@@ -142,17 +147,20 @@ def load_or_extract(
     """
     kept = vars(data).setdefault('_features', {})
     file = cache and Path(cache).expanduser() / f'features_{key}.npz'
-    x, version = kept.pop(key, (None, 0))
+    x, version, broken = kept.pop(key, (None, 0, []))
     if x is not None and x._version != version:
         x = None  # somebody changed them in place
-    if x is None:
-        x = _read_features(file)
+    if x is None and (found := _read_features(file)):
+        x, broken = found
     if x is None:
         x = extract(encoder, store, **how)[0]
+        broken = [i for i in range(len(store)) if store.is_broken(i)]
         if file:
-            _write_features(file, x)
+            _write_features(file, x, broken)
+    elif broken:
+        store.mark_broken(broken)  # nothing was decoded now, and a record tells of them
     if x.numel() * 4 <= limit:
-        kept[key] = x, x._version  # the newest last
+        kept[key] = x, x._version, broken  # the newest last
     for old in list(kept)[:-6]:  # a train and a test split of three encoders
         del kept[old]
     return x
@@ -185,7 +193,8 @@ def cached_features(
     hashed = hashed or hash_tensors(encoder)
     if place != here:
         encoder = copy.deepcopy(encoder).to(place)
-    answer = probe_noise(encoder, size, **{k: how[k] for k in ('layer', 'amp') if k in how})
+    told = {k: how[k] for k in ('layer', 'amp') if k in how}
+    answer = probe_noise(encoder, size, frames=getattr(stores[0], 'frames', None), **told)
     no_matter = ('batch_size', 'device', 'workers')
     matters = {k: v for k, v in sorted(how.items()) if k not in no_matter}
     own = hash_tensors(hashed, answer, repr(matters))

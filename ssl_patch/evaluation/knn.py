@@ -7,6 +7,7 @@ __all__ = ['knn_settings', 'topk_similar', 'vote', 'knn_predict', 'knn']
 
 # %% ../../nbs/evaluation/06_knn.ipynb #f4d10056
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -139,7 +140,7 @@ def knn_predict(
 def knn(
     encoder: nn.Module,  # to be measured; frozen meanwhile, left as it was
     data,  # `ImageData` with labels; its train split is the bank, its test split asks
-    k: int = 20,  # neighbours that vote
+    k: int | None = None,  # neighbours that vote; None: 20, or all of a smaller bank
     T: float = 0.07,  # temperature of the votes
     layer: str = 'image',  # 'image' or 'patch_mean'
     name: str | None = None,  # which encoder this is; None: its tower, or 'encoder'
@@ -153,7 +154,7 @@ def knn(
     Args:
         encoder: to be measured; frozen meanwhile, left as it was
         data: `ImageData` with labels; its train split is the bank, its test split asks
-        k: neighbours that vote
+        k: neighbours that vote; None: 20, or all of a smaller bank
         T: temperature of the votes
         layer: 'image' or 'patch_mean'
         name: which encoder this is; None: its tower, or 'encoder'
@@ -163,19 +164,26 @@ def knn(
         **more: overlap, out, batch_size, device, workers, size, resize, amp, cache: as in
             `evaluate`
     """
-    require_int(k, 'k', 1)
+    require_int(k, 'k', 1, optional=True)
     require_number(T, 'T', above=0)
     check_extract_args('knn', more, encoder)
     chance = label_chance(metric)
     device = more.get('device') or size_and_device(encoder, 1, None)[1]
+
+    def settle(y, v, used):
+        nonlocal k
+        if k is None and len(y) < 20:
+            warnings.warn(f'kNN: the bank has {len(y)} {data.train.kind}, so k={len(y)}, not 20')
+        k = k or min(20, len(y))
+        return dict(k=k, T=T)
 
     def score(x, y, u, v, n_classes):
         pred = knn_predict(u, x, y, k, T, n_classes, device=device)
         return score_labels(pred, v, metric, n_classes)
 
     how = (layer, name, seed, baselines, metric)
-    more |= dict(least=k, chance=chance)
-    return evaluate(score, encoder, data, 'kNN', dict(k=k, T=T), *how, **more)
+    more |= dict(least=k or 1, chance=chance, check=settle)
+    return evaluate(score, encoder, data, 'kNN', {}, *how, **more)
 
 # %% ../../nbs/evaluation/06_knn.ipynb #82b2cab6
 knn_settings = {

@@ -36,6 +36,7 @@ from ssl_patch.evaluation.features import (
     batches_of,
     check_extract_args,
     eval_resize,
+    require_stills,
     frozen,
     select_layer,
     size_and_device,
@@ -372,6 +373,7 @@ def linear_probe(
     """
     called, config, more = _with_options(config, more)
     check_extract_args('linear_probe', more, encoder)
+    require_stills(data, 'video_linear(...) trains a linear layer')
     chance = label_chance(metric)
     require_int(views, 'views', 1, optional=True)
     n = len(labelled_splits(data, layer)[0])

@@ -21,7 +21,7 @@ from ssl_patch.evaluation.features import (
     as_floats,
     eval_resize,
     frozen,
-    require_channels,
+    require_accepted,
     size_and_device,
 )
 from .linear import check_fit, fit_linear, standardise
@@ -65,7 +65,7 @@ def whole_features(
     require_int(batch_size, 'batch_size', least=1)
     _check_images(images, 'images')
     size, here, device = size_and_device(encoder, size, device)
-    require_channels(encoder, images)
+    require_accepted(encoder, images, size)
     if device != here:
         encoder = copy.deepcopy(encoder).to(device)
     found = []

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..ground.checks import require, require_choice
 from ..data.fingerprints import can_fingerprint, is_in
+from ..data.files import note_broken
 from ..data.images import ImageData, Images
 from .cache import cached_features, hash_tensors
 from ssl_patch.evaluation.features import (
@@ -26,6 +27,7 @@ from ssl_patch.evaluation.features import (
     check_extract_args,
     check_record_args,
     eval_resize,
+    require_accepted,
     size_and_device,
 )
 from .metrics import per_class
@@ -50,7 +52,8 @@ def _check_data(data, layer):
     known = "what images(...) returns, images('photos') say"
     require(isinstance(data, ImageData), 'data', known, data)
     if data.test is None:
-        _refuse(data, 'images that were not in the bank', 'no test split')
+        mend = 'no test split (test_fraction=.2 makes one of train, test= names one)'
+        _refuse(data, f'{data.train.kind} that were not in the bank', mend)
 
 
 def labelled_splits(
@@ -72,7 +75,8 @@ def labelled_splits(
     found = []
     for name, split in (('train', data.train), ('test', data.test)):
         if split.labels is None or not (split.labels >= 0).any():
-            _refuse(data, 'labels in both splits', f'the {name} split has no labels')
+            mend = 'folders of classes, or (images, labels), have some'
+            _refuse(data, 'labels in both splits', f'the {name} split has no labels ({mend})')
         found.append(split.labelled())
     if len(found[0].labels.unique()) < 2:
         _refuse(data, 'several classes to tell apart', 'only one class in train')
@@ -466,20 +470,19 @@ def evaluate(
     check_extract_args(protocol, extract_args, encoder)
     out = out and require_writable(out)
     size, _, device = size_and_device(encoder, extract_args.get('size'), extract_args.get('device'))
+    for store in (train, test):
+        require_accepted(encoder, store, size)
     n_classes = int(max(y.max(), v.max())) + 1 if targets is None else y.shape[1]
     how = dict(extract_args, size=size)
     if resize := eval_resize(encoder, size, how.get('resize')):
         how['resize'] = resize
     measure = _Measure(score, data, splits, n_classes, how, with_network, train_features)
 
-    unreadable = len(test.skipped)
     found = measure(encoder, layer)
-    unreadable = len(test.skipped) - unreadable
     what = (protocol, metric, settings, layer, seed)
     beside = _baseline_values(measure, encoder, *what) if baselines else {}
 
-    stood_in = f'{unreadable} test images cannot be read; others stood in for them'
-    notes = [data.note, *splits.notes, stood_in if unreadable else '']
+    notes = [data.note, *splits.notes, note_broken(train, test)]
     given = {k: how[k] for k in ('resize', 'amp') if how.get(k)}
     record = Record(
         protocol,

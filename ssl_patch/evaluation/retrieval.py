@@ -7,6 +7,7 @@ __all__ = ['recall_at', 'ranking_precision', 'retrieval_chance', 'retrieval']
 
 # %% ../../nbs/evaluation/11_retrieval.ipynb #f5be7fd6
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -126,8 +127,8 @@ def retrieval_chance(
 def retrieval(
     encoder: nn.Module,  # to be measured; frozen meanwhile, left as it was
     data: ImageData,  # labelled; its test split asks
-    k: tuple = (1, 5, 10, 20, 50),  # for R@k
-    metric: str = 'R@1',  # the record's value: 'R@k' with a k from above, or 'mAP'
+    k: tuple | None = None,  # for R@k; None: 1, 5, 10, 20, 50, those that the gallery has
+    metric: str | None = None,  # the record's value: 'R@k' with a k from above, the least, or 'mAP'
     gallery: str = 'train',  # what is searched: 'train', or 'test' without the query
     layer: str = 'image',  # 'image' or 'patch_mean'
     name: str | None = None,  # which encoder this is; None: its tower, or 'encoder'
@@ -140,8 +141,8 @@ def retrieval(
     Args:
         encoder: to be measured; frozen meanwhile, left as it was
         data: labelled; its test split asks
-        k: for R@k
-        metric: the record's value: 'R@k' with a k from above, or 'mAP'
+        k: for R@k; None: 1, 5, 10, 20, 50, those that the gallery has
+        metric: the record's value: 'R@k' with a k from above, the least, or 'mAP'
         gallery: what is searched: 'train', or 'test' without the query
         layer: 'image' or 'patch_mean'
         name: which encoder this is; None: its tower, or 'encoder'
@@ -152,11 +153,23 @@ def retrieval(
     Returns:
         the other R@k are in `chosen`; mAP only if asked for, as it sorts all of the gallery
     """
-    k, own = _check_retrieval(k, metric, gallery), gallery == 'test'
+    own, usual = gallery == 'test', k is None
+    k, metric = _check_retrieval((1, 5, 10, 20, 50) if usual else k, metric, gallery)
     check_extract_args('retrieval', more, encoder)
     room = len(labelled_splits(data, layer)[own]) - own
-    require(k[-1] <= room, 'k', f'at most {room}: the gallery has only {room} images', k[-1])
+    fits = usual or k[-1] <= room
+    require(fits, 'k', f'at most {room}: the gallery has only {room} images', k[-1])
     device = size_and_device(encoder, more.get('size'), more.get('device'))[2]
+
+    def settle(y, v, used):
+        nonlocal k
+        room = len(v) - 1 if own else len(y)
+        if left := [n for n in k if n > room]:
+            warnings.warn(f'retrieval: the gallery has {room} images, so there is no R@{left[0]}')
+            k = [n for n in k if n <= room]
+        choices = [*(f'R@{n}' for n in k), 'mAP']
+        require_choice(metric, 'metric', choices)
+        return dict(k=k, gallery=gallery)
 
     def score(x, y, u, v, classes):
         g, labels = (u, v) if own else (x, y)
@@ -176,25 +189,27 @@ def retrieval(
         encoder,
         data,
         'retrieval',
-        dict(k=k, gallery=gallery),
+        {},
         layer=layer,
         name=name,
         seed=seed,
         baselines=baselines,
         metric=metric,
         chance=chance,
-        least=1 if own else k[-1],
+        least=1 if own or usual else k[-1],
+        check=settle,
         **more,
     )
 
 
 def _check_retrieval(k, metric, gallery):
-    "All k in order; ValueError for what `retrieval` cannot work with."
+    "(all k in order, the metric); ValueError for what `retrieval` cannot work with."
     require_choice(gallery, 'gallery', ('train', 'test'))
     ks = list(k) if isinstance(k, (tuple, list, range, set)) else [k]
     require(len(ks), 'k', 'at least one number', k)
     for n in ks:
         require_int(n, 'k', least=1)
     ks = sorted(set(ks))
+    metric = f'R@{ks[0]}' if metric is None else metric
     require_choice(metric, 'metric', [*(f'R@{n}' for n in ks), 'mAP'])
-    return ks
+    return ks, metric

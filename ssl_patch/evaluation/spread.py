@@ -18,6 +18,8 @@ from ssl_patch.evaluation.features import (
     accepted_size,
     as_floats,
     frozen,
+    require_accepted,
+    require_stills,
     select_layer,
     size_and_device,
 )
@@ -70,6 +72,8 @@ def alignment_uniformity(
     """
     require_choice(layer, 'layer', LAYERS)
     size, here, device = size_and_device(encoder, size, device)
+    require_stills(data, 'there is no such measure yet')
+    require_accepted(encoder, data.train, size)
     augmentation = _of_size(augmentation, size)
     store = getattr(data, which_split(data, split))
     store = store.subset(sample_rows(len(store), n, seed))

@@ -86,7 +86,7 @@ def clip_table() -> Table:
 
 # %% ../../nbs/methods/18_sce_video.ipynb #f6869720
 def SCEVideo(
-    encoder: Encoder,  # of clips: `slow_resnet`, `tubelet_vit`, ...; of images: a frame each
+    encoder: Encoder,  # of clips: `slow_resnet`, `tubelet_vit`, ...
     preset: str | None = None,  # a key of `sce_video_configs`; None: by the network's width
     lam: float = 0.5,  # share of the positive in the labels, lambda
     tau: float = 0.1,  # temperature of the query
@@ -101,7 +101,7 @@ def SCEVideo(
     `ValueError` for an unknown preset and wrong numbers.
 
     Args:
-        encoder: of clips: `slow_resnet`, `tubelet_vit`, ...; of images: a frame each
+        encoder: of clips: `slow_resnet`, `tubelet_vit`, ...
         preset: a key of `sce_video_configs`; None: by the network's width
         lam: share of the positive in the labels, lambda
         tau: temperature of the query

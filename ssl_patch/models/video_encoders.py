@@ -49,6 +49,22 @@ class VideoEncoder(Encoder):
         super().__init__(spec, size, dim)
         self.frames, self.free = frames, free
 
+    def with_frames(
+        self,
+        frames: int,  # of the clips to come
+    ):
+        """A copy for clips of another length. `ValueError` where the network has but one.
+
+        Args:
+            frames: of the clips to come
+        """
+        require_int(frames, 'frames', least=1, most=1024)
+        what = f'{self.frames}, as {type(self).__name__} is built for so many'
+        require(self.free or frames == self.frames, 'frames', what, frames)
+        new = copy.deepcopy(self)
+        new.frames, new.spec = frames, {**self.spec, 'frames': frames}
+        return new
+
     def normalise(
         self,
         x: Tensor,  # (B,3,frames,n,n) uint8, or float in [0,1], n in `sizes`; (B,3,n,n): it rests

@@ -149,7 +149,20 @@ def stop_run(
     run.progress.close()
     kept = f'checkpoint in {run.out}' if run.out else 'nothing is written'
     where = f'stopped after batch {run.batches} of {run.total}'
-    end_by_signal(number, f'{where}; {kept}; fit() goes on')
+    end_by_signal(number, f'{where}; {kept}; {_what_goes_on(run)}')
+
+
+def _what_goes_on(run):
+    "What continues a stopped run: a cell, a command, or a program."
+    from fastprogress.core import IN_NOTEBOOK
+
+    if IN_NOTEBOOK:
+        return 'fit() goes on'
+    if not run.out:
+        return 'the next time it begins anew'
+    note = getattr(run, 'note', None)
+    shell = isinstance(note, dict) and 'cli' in note
+    return f'{"--resume" if shell else "resume=True"} goes on'
 
 # %% ../../nbs/training/02_checkpoint.ipynb #d0c57939
 def as_identity(

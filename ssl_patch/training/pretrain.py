@@ -12,7 +12,8 @@ from dataclasses import asdict
 
 import torch
 
-from ..evaluation.features import require_channels
+from ..data.images import Images
+from ..evaluation.features import require_accepted
 from ..ground.checks import require, require_choice, require_int, require_number
 from ..methods.configs import TrainConfig
 from ..methods.method import Method
@@ -102,10 +103,10 @@ class Pretrainer:
         note: dict | None = None,  # anything more for config.json
         **train_config,  # any field of `TrainConfig`, e.g. weight_decay=.1
     ):
-        asked = "what images(...) returns, such as images('photos')"
-        require(hasattr(data, 'train'), 'data', asked, data)
+        asked = "what images(...) or videos(...) returns, such as images('photos')"
+        require(isinstance(getattr(data, 'train', None), Images), 'data', asked, data)
         self.progress, self.timer, self.meter = Progress(progress), Timer(), Meter()
-        require_channels(method.encoder, data.train)
+        require_accepted(method.encoder, data.train)
         data = without_test_images(data, overlap)
         require_one_process()
         self.device = require_device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.dense import DenseData
+from ..data.dense import DenseData, require_targets
 from ..data.pairs import shrunk_target
 from ..evaluation.records import Record
 from ..ground.checks import require, require_choice, require_int, require_number
@@ -211,6 +211,7 @@ class Depth:
 
     def check(self, data):
         "How much of the depth is missing. `ValueError` where it does not fit, or nothing counts."
+        require_targets(data, 'depth')
         notes = []
         for split in filter(None, (data.train, data.test)):
             image, depth = split[0]
@@ -404,5 +405,6 @@ def monocular_depth(
         recipe: of `depth_recipes`
         **more: fields of `Depth` and `TaskConfig`, and what `measure_task` takes
     """
+    require_targets(data, 'depth')
     own = dict(crop=crop_of(encoder, data))
     return measure_recipe(encoder, data, Depth, depth_recipes, recipe, own, **more)

@@ -8,7 +8,7 @@ __all__ = ['detection_recipes', 'detection']
 # %% ../../nbs/transfer/17_detection.ipynb #de7e0003
 from torch import nn
 
-from ..data.dense import DenseData
+from ..data.dense import DenseData, require_targets
 from ..evaluation.records import Record
 from ..ground.checks import require
 from .detection_task import Detection
@@ -101,7 +101,13 @@ def detection(
     Returns:
         AP, beside the average box and the same from random weights
     """
-    named = getattr(data, 'classes', None) is not None
-    require(named, 'data', 'data that know their classes, as of detection_data', data)
+    require_targets(data, 'boxes')
+    named = data.classes is not None
+    require(
+        named,
+        'data',
+        'data that know their classes, as detection_data(folder, classes=...) gives them',
+        data.name,
+    )
     own = dict(classes=len(data.classes))
     return measure_recipe(encoder, data, Detection, detection_recipes, recipe, own, **more)

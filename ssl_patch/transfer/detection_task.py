@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.boxes import Objects, draw_objects, flip_scene, resize_scene
-from ..data.dense import DenseData, DenseImages
+from ..data.dense import DenseData, DenseImages, require_targets
 from ssl_patch.evaluation.average_precision import (
     coco_scores,
     encode_masks,
@@ -110,6 +110,7 @@ class Detection(DetectorConfig):
         Returns:
             a note
         """
+        require_targets(data, 'boxes')
         for part, split in (('train', data.train), ('test', data.test)):
             if split is None:
                 continue

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
+from ..data.files import note_broken
 from ..data.images import ImageData
 from ..evaluation.cache import hash_tensors
 from ..evaluation.features import check_record_args
@@ -143,7 +144,8 @@ def _measured(runs, data, protocol, name, baselines, out, settings=(), note=''):
         found |= {f'{k} from scratch': v for k, v in _top5(theirs, y).items()}
 
     learned = tuner.train.labels.cpu()
-    notes = [data.note, note, note_unseen_classes(learned, y), tuner.leak]
+    broken = note_broken(tuner.train, tuner.test)
+    notes = [data.note, note, note_unseen_classes(learned, y), tuner.leak, broken]
     record = Record(
         protocol,
         score.value,

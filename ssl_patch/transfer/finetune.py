@@ -20,7 +20,8 @@ from ssl_patch.evaluation.features import (
     batches_of,
     eval_resize,
     frozen,
-    require_channels,
+    require_accepted,
+    require_stills,
     size_and_device,
 )
 from ..evaluation.protocol import check_leakage, labelled_splits, top1
@@ -160,6 +161,7 @@ class FineTuner:
         from timm.loss import SoftTargetCrossEntropy
         from timm.utils import ModelEmaV3
 
+        require_stills(data, 'video_finetune(...) trains all weights')
         encoder = at_size(encoder, size)
         size, here, _ = size_and_device(encoder, None, None)
         require(isinstance(config, FinetuneConfig), 'config', 'a FinetuneConfig', config)
@@ -170,7 +172,7 @@ class FineTuner:
         require_int(workers, 'workers', least=0)
         require_choice(watch, 'watch', (True, False))
         self.data, self.train, self.test, self.leak, self.kept = _clean(data, encoder, overlap)
-        require_channels(encoder, self.train)
+        require_accepted(encoder, self.train)
         require_one_process()
         self.device = require_device(str(device or here))
         self.config, self.epochs = settle_batch(config, len(self.train)), config.epochs

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.dense import DenseData
+from ..data.dense import DenseData, require_targets
 from ..data.pairs import shrunk_target
 from ..evaluation.metrics import confusion, count_labels, iou
 from ..evaluation.patches import position_prior
@@ -183,6 +183,7 @@ class Segmentation:
 
     def check(self, data):
         "What there is to say of the masks; `ValueError` where they do not fit."
+        require_targets(data, 'masks')
         named = data.classes is None or len(data.classes) == self.classes
         require(named, 'classes', f'{len(data.classes or ())}, as the data', self.classes)
         notes = []
@@ -369,7 +370,9 @@ def segmentation(
         recipe: of `segmentation_recipes`
         **more: fields of `Segmentation` and `TaskConfig`, and what `measure_task` takes
     """
+    require_targets(data, 'masks')
     named = data.classes is not None
-    require(named, 'data', 'data that know their classes', data.name)
+    what = 'data that know their classes, as open_masks(folder, classes=...) gives them'
+    require(named, 'data', what, data.name)
     own = dict(classes=len(data.classes), crop=crop_of(encoder, data))
     return measure_recipe(encoder, data, Segmentation, segmentation_recipes, recipe, own, **more)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..data.dense import DenseData
 from ..evaluation.cache import hash_tensors
-from ..evaluation.features import architecture, frozen, size_and_device
+from ..evaluation.features import architecture, frozen, require_accepted, size_and_device
 from ..evaluation.protocol import check_leakage
 from ..ground.checks import require
 from ssl_patch.training.checkpoint import (
@@ -141,6 +141,8 @@ class TaskTuner:
         needs = 'data with a test split, to be measured on'
         require(data.test is not None or not watch, 'watch', f'False, or there be {needs}', watch)
         here = size_and_device(encoder, None, None)[1]
+        for split in filter(None, (data.train, data.test)):
+            require_accepted(encoder, split.images)
         require_one_process()
         self.device = require_device(str(device or here))
         self.task, self.config, self.seed, self.watch = task, config, seed, watch

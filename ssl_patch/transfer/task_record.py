@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from ..data.dense import DenseData
+from ..data.files import note_broken
 from ..evaluation.cache import hash_tensors
 from ..evaluation.features import size_and_device
 from ..evaluation.protocol import random_twin
@@ -95,6 +96,7 @@ def measure_task(
     names = list(known)[1:]
     each = task.per_image(predictions, test) if hasattr(task, 'per_image') else None
     frozen = config.freeze == 'encoder'
+    broken = note_broken(run.data.train.images, test.images)
     record = Record(
         task.name if frozen else f'fine-tuning, {task.name}',
         scores.pop(metric),
@@ -108,7 +110,7 @@ def measure_task(
         | config.settings()
         | dict(bf16=run.bf16)
         | run.kept,
-        note='; '.join(filter(None, [data.note, run.note, run.leak])),
+        note='; '.join(filter(None, [data.note, run.note, run.leak, broken])),
         n_train=len(run.data.train),
         n_test=len(test),
         n_classes=len(data.classes or ()),

@@ -15,7 +15,6 @@ from torch import nn
 from ..data.dense import DenseData, DenseImages
 from ..data.images import ImageData
 from ..evaluation.features import select_layer, size_and_device
-from ..evaluation.protocol import labelled_splits
 from ..evaluation.records import Record
 from ..ground.checks import require, require_int, require_number
 from .task_config import TaskConfig
@@ -25,6 +24,7 @@ from ssl_patch.transfer.video_retrieval import (
     centred,
     clip_features,
     still_clips,
+    video_splits,
     video_views,
 )
 from ..views.augmentations import Augmentation, draw_params
@@ -158,9 +158,9 @@ VIDEO_CONFIGS = dict(
 )  # published: UCF101 and HMDB51
 
 
-def _as_task(data):
+def _as_task(encoder, data):
     "Clips with labels as `TaskTuner` takes them."
-    stores = labelled_splits(data, 'image')
+    stores = video_splits(encoder, data)
     parts = [DenseImages(s, s.labels, s.classes, s.name) for s in stores]
     return DenseData(*parts, data.name, data.note)
 
@@ -181,7 +181,12 @@ def _settled(config, usual, warmup, n, more):
 
 def _measured(encoder, data, config, kind, warmup, more, **task):
     "The record of a video task: `kind` names the usual config, `task` are fields of `VideoTask`."
-    data, size = _as_task(data), size_and_device(encoder, None, None)[0]
+    size = size_and_device(encoder, None, None)[0]
+    lacks = f'{type(encoder).__name__}, which has no `.dim`, the width of its vectors'
+    require(
+        isinstance(getattr(encoder, 'dim', None), int), 'encoder', 'a module with `.dim`', lacks
+    )
+    data = _as_task(encoder, data)
     classes = int(max(s.targets.max() for s in (data.train, data.test))) + 1
     config, more = _settled(config, VIDEO_CONFIGS[kind], warmup, len(data.train), more)
     return measure_task(encoder, VideoTask(classes, size, **task), data, config, **more)

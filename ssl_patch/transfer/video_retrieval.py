@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['spatial_crops', 'video_views', 'FrameDifferences', 'AtRest', 'still_clips', 'centred', 'clip_features',
-           'video_retrieval', 'show_retrieved']
+           'video_splits', 'video_retrieval', 'show_retrieved']
 
 # %% ../../nbs/transfer/21_video_retrieval.ipynb #062c0df1
 import time
@@ -15,9 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.clips import Clips
+from ..data.files import note_broken
 from ..data.images import ImageData
 from ..data.video_files import pick_frames, short_side
-from ..evaluation.features import accepted_size, frozen, select_layer, size_and_device
+from ssl_patch.evaluation.features import (
+    accepted_size,
+    frozen,
+    require_accepted,
+    select_layer,
+    size_and_device,
+)
 from ..evaluation.protocol import check_leakage, labelled_splits, random_twin
 from ..evaluation.records import Record, hardware, pack_each, require_writable, run_context
 from ..evaluation.retrieval import recall_at, retrieval_chance
@@ -184,6 +191,7 @@ def clip_features(
     """
     require(isinstance(store, Clips), 'store', 'Clips, as videos(...).train', type(store))
     size, here, device = size_and_device(encoder, size, device)
+    require_accepted(encoder, store, size)
     require(device == here, 'device', f'that of the encoder, {here}', device)
     found = []
     with frozen(encoder), accepted_size(encoder, size) as sized:
@@ -198,6 +206,29 @@ def clip_features(
     return z
 
 # %% ../../nbs/transfer/21_video_retrieval.ipynb #11db6ece
+def video_splits(
+    encoder: nn.Module,  # of clips
+    data: ImageData,  # of `videos`, labelled, with a test split
+    size: int | None = None,  # side of the input, pixels; None: the encoder's
+) -> list:  # train, test
+    """The labelled videos of both splits. `ValueError` for images, or clips of another length.
+
+    Args:
+        encoder: of clips
+        data: of `videos`, labelled, with a test split
+        size: side of the input, pixels; None: the encoder's
+
+    Returns:
+        train, test
+    """
+    stores = labelled_splits(data, 'image')
+    for store in stores:
+        what = 'videos, as videos(...) returns them'
+        require(isinstance(store, Clips), 'data', what, store.kind)
+        require_accepted(encoder, store, size)
+    return stores
+
+
 @dataclass
 class _Searched:
     "What was found for one encoder."
@@ -243,7 +274,7 @@ def video_retrieval(
     ks = sorted({n for n in (k if isinstance(k, (tuple, list)) else [k])})
     for n in [*ks, num_clips, crops]:
         require_int(n, 'k, num_clips and crops', least=1)
-    train, test = labelled_splits(data, 'image')
+    train, test = video_splits(encoder, data, size)
     use, leak, settings = check_leakage(train, test, encoder, overlap, data.name)
     train = train if use is None else train.subset(use)
     out = out and require_writable(out)
@@ -277,7 +308,7 @@ def video_retrieval(
         retrieval_chance(test.labels, train.labels, fit[0]),
         metric,
         settings=_clip_settings(train) | {n: v for n, v in how.items() if n != 'device'} | settings,
-        note='; '.join(filter(None, [data.note, leak, short])),
+        note='; '.join(filter(None, [data.note, leak, short, note_broken(train, test)])),
         n_train=len(train),
         n_test=len(test),
         n_classes=int(max(train.labels.max(), test.labels.max())) + 1,

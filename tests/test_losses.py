@@ -8,8 +8,9 @@ from hypothesis import given, settings, strategies as st
 from ssl_patch.methods import contrast
 from ssl_patch.methods.co2 import co2, co2_consistency
 from ssl_patch.methods.contrast import info_nce
+from ssl_patch.methods.label_pictures import show_soft_labels
 from ssl_patch.methods.ressl import ressl
-from ssl_patch.methods.sce import sce, sce_soft_labels, show_soft_labels
+from ssl_patch.methods.sce import sce, sce_soft_labels
 
 
 def unit(g, *shape):

@@ -14,8 +14,9 @@ from ssl_patch.methods.densecl import DenseCLLoss, queue_like
 from ssl_patch.methods.mining import neighbour_masks, repco_pairs
 from ssl_patch.methods.patch_loss import ViewOutputs
 from ssl_patch.methods.repco import RepCo, RepCoLoss, repco
+from ssl_patch.methods.label_pictures import show_soft_labels
 from ssl_patch.methods.ressl import ReSSLLoss, ressl
-from ssl_patch.methods.sce import SCELoss, sce, sce_soft_labels, show_soft_labels
+from ssl_patch.methods.sce import SCELoss, sce, sce_soft_labels
 from ssl_patch.models.encoders import vit
 from ssl_patch.models.heads import Projections
 from ssl_patch.models.interface import Features

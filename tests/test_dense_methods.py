@@ -369,6 +369,7 @@ def test_layer3_patches_are_those_of_the_network():
         (lambda e: LocalToGlobal(e, num_patches='every'), ['num_patches', "got 'every'"]),
         (lambda e: LocalToGlobal(e, tau=-1.0), ['tau', 'above 0', 'got -1.0']),
         (lambda e: LocalToGlobal(e, pool=0), ['pool must be', 'at least 1', 'got 0']),
+        (lambda e: LocalToGlobal(e, pool=3), ['pool must be a divisor of the grid', 'got 3']),
         (lambda e: LocalToGlobal(e, image_weight=-1.0), ['image_weight', 'at least 0', 'got -1']),
         (
             lambda e: PatchLosses(LocalToGlobalLoss),

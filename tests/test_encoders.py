@@ -44,6 +44,59 @@ def test_gradient_reaches_kept_pixels_only():
     assert touched[4:8, 8:12].all() and touched.sum() == 16
 
 
+def test_all_patches_in_any_order_and_written_out_attention():
+    e = vit('tiny', size=32, patch=4, width=96, depth=2)
+    x = torch.rand(2, 3, 32, 32)
+    keep = torch.stack([torch.randperm(64)[:16] for _ in range(2)])
+    f = e(x)
+    assert (f.image.shape, f.patches.shape, f.grid) == ((2, 96), (2, 64, 96), (8, 8))
+    assert e(x, keep).patches.shape == (2, 16, 96)
+    order = torch.stack([torch.randperm(64) for _ in range(2)])
+    assert torch.allclose(e(x, order).image, f.image, atol=1e-5)
+    assert torch.allclose(e.explicit_attention()(x).image, f.image, atol=1e-5)
+    assert e.accept(24)(x[..., :24, :24]).grid == (6, 6)  # positions are resampled
+
+
+def test_published_parameter_counts_of_aps():
+    "Images of 32 pixels, patches of 2."
+    counts = [sum(p.numel() for p in vit(n).parameters()) for n in ('tiny', 'small', 'base')]
+    assert counts == [5_383_680, 21_384_192, 85_235_712]
+
+
+def test_moco_v3_begins_frozen_and_within_its_bounds():
+    e = vit(size=32, patch=8, width=64, depth=1, heads=2, variant='moco_v3')
+    still = sorted(n for n, p in e.net.named_parameters() if not p.requires_grad)
+    assert still == ['patch_embed.proj.bias', 'patch_embed.proj.weight', 'pos_embed']
+    largest = e.net.blocks[0].attn.qkv.weight.abs().max().item()
+    assert largest == pytest.approx((6 / (64 + 64)) ** 0.5, abs=1e-3)
+    aps = vit(size=32, patch=8, width=64, depth=1, heads=2)
+    assert aps.net.blocks[0].attn.qkv.bias is None
+
+
+def test_how_residual_networks_begin():
+    zero = resnet('resnet18', size=32, width=16, zero_init_residual=True)
+    slim = resnet('resnet18', size=32, stem='half', width=16).eval()
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.allclose(slim(x).image, slim.net(slim.normalise(x)), atol=1e-5)
+    assert slim.net.layer1[0].bn2.weight.detach().mean() == 1.0  # blocks start as torchvision's do
+    for net, scale in ((zero, 0.0), (slim, 1.0)):
+        assert {m.bn2.weight.detach().mean().item() for m in net.net.layer3} == {scale}
+        # uniform within 1 / sqrt(27), as 27 numbers go into each output
+        spread = net.net.conv1.weight.std().item()
+        assert spread == pytest.approx(27**-0.5 / 3**0.5, abs=0.01)
+    assert zero.spec['zero_init_residual'] is True and 'zero_init_residual' not in slim.spec
+
+
+def test_grids_of_residual_networks():
+    r = resnet('resnet18', size=32)
+    assert (r.grid, r.at_size((32, 96)).grid) == ((4, 4), (4, 12))
+    big = resnet('resnet18', size=96)
+    assert big.spec['stem'] == 'imagenet'
+    assert (big.eval()(torch.rand(1, 3, 96, 96)).grid, big.grid) == ((3, 3), (3, 3))
+    fine = resnet('resnet18', size=32, feature_layer='layer3')
+    assert (fine.grid, fine.patch_dim, fine.dim) == ((8, 8), 256, 512)
+
+
 def test_uint8_and_float_agree():
     e = vit(size=16, patch=8, width=32, depth=1, heads=2).set_stats([0.4] * 3, [0.2] * 3)
     x = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
@@ -96,6 +149,13 @@ def test_head_shapes():
     [
         (lambda: vit(size=33, patch=4), 'multiple of the patch'),
         (lambda: vit('giant'), 'giant'),
+        (lambda: vit('huge'), "one of 'tiny', 'small' or 'base', got 'huge'"),
+        (lambda: vit(size=32, patch=5), 'multiple of the patch side 5, got 32'),
+        (lambda: vit(size=(32, 66), patch=4), r'side 4 in height and width, got \(32, 66\)'),
+        (lambda: vit(size=32, patch=4).accept(30), 'a multiple of the patch side 4, got 30'),
+        (lambda: resnet('wide_resnet50_2', width=32), 'width must be 64 for'),
+        (lambda: resnet(zero_init_residual=2), 'zero_init_residual must be one of'),
+        (lambda: resnet(feature_layer='layer2'), "of 'layer4' or 'layer3', got 'layer2'"),
         (lambda: vit(variant='dino'), 'dino'),
         (lambda: vit(width=100, heads=3), 'heads=3'),
         (lambda: resnet('resnet19'), 'resnet19'),

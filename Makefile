@@ -7,9 +7,9 @@ export MPLBACKEND ?= agg
 # Threads that wait let others have the core: on a busy machine work slows in proportion, not by more.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test bench lab prepare notebooks encoders clean
+.PHONY: help demo test bench lab docs docs-serve prepare notebooks encoders clean
 help:            ## show this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*##/ -/'
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/ -/'
 
 $(STAMP): settings.ini setup.py pyproject.toml
 	@bash scripts/install.sh $(VENV)
@@ -27,6 +27,13 @@ bench: $(STAMP)  ## time everything beside torchvision, kornia and lightly (unde
 
 lab: $(STAMP)    ## open the tour in JupyterLab, and all notebooks beside it
 	@MPLBACKEND= $(VENV)/bin/jupyter lab nbs/00_tour.ipynb
+
+docs: $(STAMP)   ## write the site, every notebook a page, into _docs, and look at every page of it
+	@$(BIN) python scripts/docs.py
+	@$(BIN) python scripts/check_site.py
+
+docs-serve: $(STAMP) ## serve what make docs wrote on http://localhost:8000
+	@$(PY) scripts/docs.py --serve
 
 prepare: $(STAMP) ## after editing notebooks: format and clean them, export the package, write README.md
 	@$(BIN) ruff format -q nbs tests scripts setup.py

@@ -9,6 +9,8 @@ import textwrap
 import time
 from pathlib import Path
 
+import fastprogress.fastprogress
+import IPython.display
 import pytest
 import torch
 
@@ -657,3 +659,29 @@ def test_lars_passes_over_groups_without_gradients():
     a.grad = torch.ones(2, 2)
     LARS([dict(params=[a]), dict(params=[b])], lr=1.0).step()
     assert (a != 1).all() and (b == 1).all()
+
+
+@pytest.mark.parametrize('ends', ['at the end', 'by an error'])
+def test_a_bar_goes_from_the_notebook_when_a_run_ends(pretrainer, monkeypatch, ends):
+    shown = {}  # by display handle
+
+    class Handle:
+        def update(self, html):
+            shown[self] = html.data
+
+    def display(html, **how):
+        handle = Handle()
+        handle.update(html)
+        return handle
+
+    for name, there in (('display', display), ('HTML', IPython.display.HTML)):
+        monkeypatch.setattr(fastprogress.fastprogress, name, there, raising=False)
+    monkeypatch.setattr(IPython.display, 'display', lambda fig, **how: None)
+    run = pretrainer(epochs=1, progress='notebook')
+    if ends == 'at the end':
+        run.fit()
+    else:
+        monkeypatch.setattr(run, 'end_epoch', lambda epoch: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run.fit()
+    assert len(shown) == 2 and not any('value=' in html for html in shown.values())

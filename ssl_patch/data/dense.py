@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .images import Images, TensorImages
 from ..ground.checks import require
-from ..ground.text import plain
+from ..ground.text import plain, repr_markdown
 
 # %% ../../nbs/data/13_dense.ipynb #d3a00006
 def _hashed(h, thing):
@@ -101,7 +101,9 @@ class DenseImages:
 
     def __repr__(self):
         named = f', {len(self.classes)} classes' if self.classes else ''
-        return f'DenseImages {self.name}: {len(self)} images with targets{named}'
+        return f'DenseImages {plain(self.name)}: {len(self)} images with targets{named}'
+
+    _repr_markdown_ = repr_markdown
 
 # %% ../../nbs/data/13_dense.ipynb #d3a00008
 @dataclass

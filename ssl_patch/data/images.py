@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .fingerprints import can_fingerprint, copies, hash_files, hash_pixels, is_in
 from ..ground.checks import height_width, require_int, require_shape
-from ..ground.text import in_picture, plain
+from ..ground.text import in_picture, plain, repr_markdown
 
 # %% ../../nbs/data/01_images.ipynb #46a5af55
 def resize_center_crop(
@@ -222,6 +222,8 @@ class Images:
         if self.skipped:
             parts.append(f'{len(self.skipped)} skipped')
         return f'{type(self).__name__} {plain(self.name)}: ' + ', '.join(p for p in parts if p)
+
+    _repr_markdown_ = repr_markdown
 
 # %% ../../nbs/data/01_images.ipynb #b7a6b190
 class TensorImages(Images):
@@ -473,11 +475,8 @@ class ImageData:
         return {k: v for k, v in vars(self).items() if k not in kept}
 
     def __repr__(self):
-        lines = [
-            f'ImageData {plain(self.name)}',
-            f'  train  {self.train!r}',
-            f'  test   {self.test!r}',
-        ]
+        parts = dict(train=self.train, test=self.test)
+        lines = [f'ImageData {plain(self.name)}', *(f'  {n:6} {p!r}' for n, p in parts.items())]
         if self.classes:
             more = ', ...' if len(self.classes) > 10 else ''
             lines.append(f'  classes  {plain(", ".join(self.classes[:10]))}{more}')
@@ -485,3 +484,5 @@ class ImageData:
             mean, std = (' '.join(f'{v:.3f}' for v in x) for x in (self.mean, self.std))
             lines.append(f'  mean  {mean}   std  {std}')
         return '\n'.join(lines + ([f'  note  {plain(self.note)}'] if self.note else []))
+
+    _repr_markdown_ = repr_markdown

@@ -12,6 +12,7 @@ from inspect import currentframe, signature
 import torch
 from torch import nn
 from ..ground.checks import require, require_known
+from ..ground.text import repr_markdown
 from ..models.interface import Encoder, require_encoder
 from ..models.heads import Tower, mlp_heads
 from ssl_patch.models.momentum import (
@@ -349,6 +350,8 @@ class Method(nn.Module):
         words = {name: ' '.join(text.split()) for name, text in rows.items()}
         short = {n: t if len(t) <= 120 else f'{t[:117]}...' for n, t in words.items()}
         return '\n'.join([self.name, *(f'  {name:14} {text}' for name, text in short.items())])
+
+    _repr_markdown_ = repr_markdown
 
 # %% ../../nbs/methods/01_method.ipynb #ccb5bf5e
 def method_from_config(

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from ..ground.checks import require, shown
 from ..ground.files import atomic_write
+from ..ground.text import plain, repr_markdown
 from ..evaluation.records import Record, load_records, translate_record
 
 # %% ../../nbs/reports/01_runs.ipynb #666526a6
@@ -41,7 +42,9 @@ class Run:
 
     def __repr__(self):
         probes = ''.join(f', {r.protocol} {r.value:.3f}' for r in self.records)
-        return f'{self.name}, seed {self.seed}: {len(self.history)} epochs{probes}'
+        return f'{plain(self.name)}, seed {self.seed}: {len(self.history)} epochs{probes}'
+
+    _repr_markdown_ = repr_markdown
 
 # %% ../../nbs/reports/01_runs.ipynb #c9816261
 def name_and_seed(

@@ -99,6 +99,7 @@ def in_training(
         run: `Pretrainer`, `FineTuner`: with `folder`, `out`, `batches`
     """
     with ExitStack() as stack:
+        stack.callback(run.progress.close)
         if run.folder:
             stack.enter_context(run.folder.held())
         stack.enter_context(torch.random.fork_rng())

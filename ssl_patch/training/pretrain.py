@@ -15,6 +15,7 @@ import torch
 from ..data.images import Images
 from ..evaluation.features import require_accepted
 from ..ground.checks import require, require_choice, require_int, require_number
+from ..ground.text import plain, repr_markdown
 from ..methods.configs import TrainConfig
 from ..methods.method import Method
 from ..models.files import save_encoder
@@ -266,7 +267,6 @@ class Pretrainer:
 
     def finish(self):
         "After the last batch: curves and encoder are written. Returns the run."
-        self.progress.close()
         self.loader.close()
         if self.out and self.history:
             self.curves().savefig(self.out / 'curves.png', dpi=100)
@@ -299,7 +299,9 @@ class Pretrainer:
         for key, name in (('loss', 'loss'), ('knn', 'kNN')):
             if last.get(key) is not None:
                 parts.append(f'{name} {last[key]:.3f}')
-        return f'{self.method.name} on {self.data.name}: ' + ', '.join(parts)
+        return f'{self.method.name} on {plain(self.data.name)}: ' + ', '.join(parts)
+
+    _repr_markdown_ = repr_markdown
 
     def curves(self):
         "Loss, similarities and kNN so far, as a figure."

@@ -435,3 +435,7 @@ class Progress:
     def close(self):
         if self.bar and self.mode == 'terminal':
             print(flush=True)
+        if self.bar and self.mode == 'notebook':  # what a run returns stands in its place
+            self.bar.leave = False
+            self.bar.on_iter_end()
+        self.bar = None

@@ -26,6 +26,7 @@ from ssl_patch.evaluation.features import (
 )
 from ..evaluation.protocol import check_leakage, labelled_splits, top1
 from ..ground.checks import height_width, require, require_choice, require_int
+from ..ground.text import plain, repr_markdown
 from ssl_patch.training.checkpoint import (
     as_identity,
     begin_run,
@@ -342,7 +343,6 @@ class FineTuner:
 
     def finish(self):
         "After the last batch: the curves are written. Returns the run."
-        self.progress.close()
         if self.out and self.history:
             self.curves().savefig(self.out / 'curves.png', dpi=100)
         return self
@@ -368,8 +368,10 @@ class FineTuner:
         for key, called in (('loss', 'loss'), ('top1', 'test top-1')):
             if last.get(key) is not None:
                 parts.append(f'{called} {last[key]:.3f}')
-        of = f'{self.name} of {architecture(self.encoder)} on {self.data.name}'
+        of = f'{self.name} of {architecture(self.encoder)} on {plain(self.data.name)}'
         return f'{of}: {", ".join(parts)}'
+
+    _repr_markdown_ = repr_markdown
 
     def curves(self):
         "Loss and test accuracy so far, as a figure."

@@ -19,6 +19,7 @@ from ..evaluation.cache import hash_tensors
 from ..evaluation.features import architecture, frozen, require_accepted, size_and_device
 from ..evaluation.protocol import check_leakage
 from ..ground.checks import require
+from ..ground.text import plain, repr_markdown
 from ssl_patch.training.checkpoint import (
     as_identity,
     begin_run,
@@ -317,7 +318,6 @@ class TaskTuner:
 
     def finish(self):
         "After the last batch: the curves are written. Returns the run."
-        self.progress.close()
         if self.out and self.history:
             self.curves().savefig(self.out / 'curves.png', dpi=100)
         return self
@@ -331,8 +331,10 @@ class TaskTuner:
         parts = [f'batch {self.batches} of {self.total}']
         parts += [f'loss {self.history[-1]["loss"]:.3f}'] if self.history else []
         parts += [f'test {k} {v:.3f}' for k, v in self.scores.items() if isinstance(v, float)]
-        of = f'{self.name} of {architecture(self.encoder)} on {self.data.name}'
+        of = f'{self.name} of {architecture(self.encoder)} on {plain(self.data.name)}'
         return f'{of}: {", ".join(parts)}'
+
+    _repr_markdown_ = repr_markdown
 
     def curves(self):
         "Loss, learning rate and the main score so far, as a figure."

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..ground.checks import require, require_choice, require_int, require_range
 from ..ground.checks import require_shape
+from ..ground.text import repr_markdown
 from .fast_cpu import crop_by_taps
 
 # %% ../../nbs/views/01_crops.ipynb #6c7b775d
@@ -39,6 +40,8 @@ class View:
         how = '' if self.turn is None else ', with turns'
         shape = 'x'.join(map(str, self.x.shape[1:]))
         return f'View({len(self)} of {shape} on {self.x.device}{how})'
+
+    _repr_markdown_ = repr_markdown
 
     def to(self, device, non_blocking: bool = False) -> 'View':
         "The same view on another device"

@@ -16,7 +16,7 @@ from ssl_patch.methods.patch_loss import ViewOutputs
 from ssl_patch.methods.repco import RepCo, RepCoLoss, repco
 from ssl_patch.methods.label_pictures import show_soft_labels
 from ssl_patch.methods.ressl import ReSSLLoss, ressl
-from ssl_patch.methods.sce import SCELoss, sce, sce_soft_labels
+from ssl_patch.methods.sce import SCE, SCELoss, sce, sce_soft_labels
 from ssl_patch.models.encoders import vit
 from ssl_patch.models.heads import Projections
 from ssl_patch.models.interface import Features
@@ -303,3 +303,27 @@ def test_sizes_of_repco():
     assert RepCo(small).views_to_see == dict(query=[0], key=[0, 1])
     around = neighbour_masks(7)[0].sum(1).view(7, 7)
     assert [int(around[0, 0]), int(around[0, 3]), int(around[3, 3])] == [3, 5, 8]
+
+
+def test_a_queue_drowns_two_neighbours():
+    "Two local negatives at 0.6 beside a positive at 0.7, each random key adds exp(1/(2 d tau^2))."
+    g = torch.Generator().manual_seed(0)
+    x, keys = (F.normalize(torch.randn(n, 128, generator=g).double(), dim=1) for n in (1, 65536))
+    scores = torch.cat([torch.tensor([0.7, 0.6, 0.6]).double(), (x @ keys.T)[0]]) / 0.2
+    two, one = 2 * math.exp(3), math.exp(3.5)
+    expected = two / (two + one + 65536 * math.exp(1 / (2 * 128 * 0.2**2)))
+    near(scores.softmax(0)[1:3].sum(), expected, eps=1e-5)
+
+
+# ---- forms of methods
+
+
+def test_either_form_of_sce_goes_with_any_preset():
+    encoder = vit('tiny', size=32, patch=4, width=48, depth=2, heads=3)
+    heads = dict(hidden=64, out=32, queue=64)
+    both_ways = SCE(encoder, symmetric=True, **heads)
+    assert [a.name for a in both_ways.augmentations] == ['byol_a', 'byol_b']
+    assert (both_ways.loss_scale, set(both_ways.view_pairs)) == (1 / 2, {(0, 1), (1, 0)})
+    one_way = SCE(encoder, preset='imagenet', symmetric=False, **heads)
+    assert [a.name for a in one_way.augmentations] == ['moco_v2', 'weak']
+    assert (one_way.loss_scale, one_way.view_pairs) == (1.0, ((0, 1),))

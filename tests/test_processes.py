@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from ssl_patch.data.sources import images
 from ssl_patch.methods.contrast import InfoNCELoss
 from ssl_patch.methods.densecl import DenseCLLoss
 from ssl_patch.methods.method import Method
@@ -16,6 +17,7 @@ from ssl_patch.models.heads import mlp
 from ssl_patch.models.momentum import Queue, ema
 from ssl_patch.views.augmentations import aug_moco_v2, aug_weak
 from ssl_patch.views.crops import View
+from ssl_patch.views.loader import ViewLoader
 
 
 def methods():
@@ -88,3 +90,28 @@ def test_two_processes_are_one():
             (a[1] + b[1]) / 2, grad, atol=1e-5
         )
         assert torch.equal(a[2], b[2]) and torch.allclose(a[2], queue, atol=1e-5)
+
+
+def test_spawned_workers_make_the_same_views(tmp_path):
+    "As on macOS and Windows: a worker imports all anew, and is told what to do by pickles."
+    from PIL import Image
+
+    g = torch.Generator().manual_seed(0)
+    for i in range(6):
+        pixels = torch.randint(256, (40, 48, 3), generator=g, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / f'{i}.png')
+    store = images(tmp_path, stream=True, test_fraction=0.2).train
+    augmentations, before = (aug_moco_v2(16), aug_weak(16)), mp.get_start_method(allow_none=True)
+    mp.set_start_method('spawn', force=True)
+    try:
+        found = {}
+        for workers in (0, 1):
+            loader = ViewLoader(store, augmentations, batch_size=2, seed=3, workers=workers)
+            found[workers] = [list(loader.epoch(e)) for e in range(2)]  # the second: kept workers
+            loader.close()
+    finally:
+        mp.set_start_method(before, force=True)
+    for one, other in zip(found[0], found[1], strict=True):
+        for (a, i), (b, j) in zip(one, other, strict=True):
+            assert torch.equal(i, j)
+            assert all(torch.equal(x.x, y.x) and torch.equal(x.box, y.box) for x, y in zip(a, b))

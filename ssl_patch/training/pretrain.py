@@ -54,6 +54,7 @@ from ssl_patch.training.setup import (
     to_device,
     without_test_images,
 )
+from .track import Tracks
 from ..views.augmentations import Augmentation
 from ..views.clips import view_loader
 from ..views.loader import seed_for
@@ -80,6 +81,7 @@ class Pretrainer:
         progress: 'notebook', 'terminal', 'lines', 'quiet'; None: found out
         overlap: test images in train: 'refuse', 'drop' from train, or 'keep'
         note: anything more for config.json
+        track: where metrics go besides: `tensorboard(...)`, or several trackers
         **train_config: any field of `TrainConfig`, e.g. weight_decay=.1
     """
 
@@ -102,6 +104,7 @@ class Pretrainer:
         progress: str | None = None,  # 'notebook', 'terminal', 'lines', 'quiet'; None: found out
         overlap: str = 'refuse',  # test images in train: 'refuse', 'drop' from train, or 'keep'
         note: dict | None = None,  # anything more for config.json
+        track=(),  # where metrics go besides: `tensorboard(...)`, or several trackers
         **train_config,  # any field of `TrainConfig`, e.g. weight_decay=.1
     ):
         asked = "what images(...) or videos(...) returns, such as images('photos')"
@@ -143,6 +146,7 @@ class Pretrainer:
             self.grad_clip = GradClip(learning, config.grad_clip, config.grad_clip_growth)
         self.batches, self.history = 0, []  # loaded batches done; a row for each epoch done
         self.continued = []  # what was otherwise where a checkpoint was continued
+        self.tracks = Tracks(track, self.out)
         if state:
             self.load_state_dict(state)
 
@@ -248,6 +252,7 @@ class Pretrainer:
             self.progress.say(f'epoch {epoch}: {detect_collapse(row)}')
         if self.folder and (epoch % self.save_every == 0 or epoch == self.epochs):
             self.save()
+        self.tracks.write(self.history, self.run_config)
         knn = '' if row['knn'] is None else f'  kNN {row["knn"]:.3f}{self.knn_note}'
         text = f'epoch {epoch}/{self.epochs}  loss {row["loss"]:.3f}{knn}'
         more = f'key_std {row["key_std"]:.2f}  {row["images_per_s"]:.0f} images/s'
@@ -267,6 +272,8 @@ class Pretrainer:
 
     def finish(self):
         "After the last batch: curves and encoder are written. Returns the run."
+        self.tracks.write(self.history, self.run_config)
+        self.tracks.close()
         self.loader.close()
         if self.out and self.history:
             self.curves().savefig(self.out / 'curves.png', dpi=100)

@@ -24,6 +24,7 @@ FLOORS = (
 )  # what is in none of them is a page, above all
 SKELETON = (
     'method',
+    'presets',
     'branches',
     'configs',
     'patch_loss',

@@ -17,7 +17,7 @@ import math
 import torch
 from ssl_patch.methods.configs import MethodConfig, TrainConfig, config_for, register_method
 from ssl_patch.methods.contrast import ImageLoss
-from ssl_patch.methods.method import method_from_config
+from ssl_patch.methods.presets import method_from_config
 from ssl_patch.models.heads import mlp_heads
 from ssl_patch.views.augmentations import aug_weak
 

@@ -19,7 +19,8 @@ from ssl_patch.methods.configs import MethodConfig, methods, register_method
 from ssl_patch.methods.contrast import ImageLoss, InfoNCELoss, info_nce
 from ssl_patch.methods.densecl import DenseCL, DenseCLLoss
 from ssl_patch.methods.local_to_global import LocalToGlobal
-from ssl_patch.methods.method import Method, method_from_config
+from ssl_patch.methods.method import Method
+from ssl_patch.methods.presets import method_from_config
 from ssl_patch.methods.moco import MoCoV2, MoCoV3
 from ssl_patch.methods.patch_loss import PatchLoss, PatchLosses
 from ssl_patch.methods.repco import RepCo

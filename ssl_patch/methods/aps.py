@@ -17,7 +17,8 @@ from ..ground.checks import require, require_int, require_number
 from ..views.augmentations import aug_aps_cifar, aug_byol_a, aug_byol_b
 from ..models.interface import Encoder
 from ..models.heads import mlp_heads
-from .method import Method, method_from_config
+from .method import Method
+from .presets import method_from_config
 from .configs import MethodConfig, TrainConfig, config_for, given, register_method
 from .contrast import InfoNCELoss
 from .moco import moco_v3_heads

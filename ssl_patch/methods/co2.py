@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from ..ground.checks import require_choice, require_number
 from ..models.encoders import Encoder
-from .method import Method, method_from_config
+from .method import Method
+from .presets import method_from_config
 from .configs import config_for, given, register_method
 from .scores import row_similarity
 from ssl_patch.methods.contrast import (

@@ -18,7 +18,8 @@ from ..ground.plots import RIGHT, WRONG, as_picture, canvas, lines, rectangles
 from ..views.crops import View
 from ..models.interface import Encoder
 from ..models.momentum import Queue
-from .method import Method, method_from_config
+from .method import Method
+from .presets import method_from_config
 from .patch_loss import PatchLoss, PatchLosses, ViewOutputs
 from .configs import config_for, given, register_method
 from ssl_patch.methods.scores import (

@@ -21,7 +21,8 @@ from ssl_patch.ground.checks import (
 from ..views.augmentations import aug_aps_cifar, aug_byol_a, aug_byol_b
 from ..models.interface import Encoder, random_patches, require_encoder
 from ..models.heads import mlp_heads
-from .method import Method, method_from_config
+from .method import Method
+from .presets import method_from_config
 from .patch_loss import PatchLoss, PatchLosses, ViewOutputs
 from .configs import MethodConfig, TrainConfig, config_for, given, register_method
 from ssl_patch.methods.scores import (

@@ -18,7 +18,8 @@ from ssl_patch.views.augmentations import (
 )
 from ..models.encoders import Encoder, ResNet
 from ..models.heads import mlp
-from .method import Method, method_from_config
+from .method import Method
+from .presets import method_from_config
 from .configs import MethodConfig, TrainConfig, config_for, given, register_method
 from .contrast import InfoNCELoss
 

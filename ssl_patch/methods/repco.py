@@ -15,7 +15,8 @@ from torch import Tensor
 from ..ground.checks import require, require_choice, require_int, require_number
 from ..models.encoders import ResNet
 from ..models.interface import Encoder, random_patches, require_encoder
-from .method import Method, method_from_config
+from .method import Method
+from .presets import method_from_config
 from .patch_loss import PatchLoss, PatchLosses, ViewOutputs
 from .configs import config_for, given, register_method
 from ssl_patch.methods.scores import (

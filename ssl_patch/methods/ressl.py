@@ -16,7 +16,8 @@ from ..ground.checks import require_number
 from ..views.augmentations import aug_moco_v2, aug_weak
 from ..models.encoders import Encoder
 from ..models.heads import mlp
-from .method import Method, method_from_config
+from .method import Method
+from .presets import method_from_config
 from .configs import MethodConfig, TrainConfig, config_for, given, register_method
 from ssl_patch.methods.contrast import (
     ImageLoss,

@@ -17,7 +17,8 @@ from ..ground.checks import require, require_choice, require_number
 from ..views.augmentations import aug_byol_a, aug_byol_b, aug_moco_v2, aug_weak
 from ..models.encoders import Encoder
 from ..models.heads import mlp
-from .method import Method, method_from_config
+from .method import Method
+from .presets import method_from_config
 from .branches import all_view_pairs
 from .configs import MethodConfig, TrainConfig, config_for, given, register_method
 from .scores import row_similarity

@@ -12,7 +12,8 @@ from functools import partial
 from ..evaluation.records import Table, grid_lines
 from ..ground.checks import require_choice
 from .configs import MethodConfig, TrainConfig, given, register_method
-from .method import Method, method_from_config
+from .method import Method
+from .presets import method_from_config
 from .sce import SCELoss, sce_heads
 from ..models.interface import Encoder, require_encoder
 from ..views.clips import aug_clip_a, aug_clip_b

@@ -447,3 +447,11 @@ def test_a_run_of_an_earlier_version_is_told_and_measured_and_not_resumed(tmp_pa
     for words in (('pretrain', '--resume', '--out', old), ('show', old)):
         assert run(*words) == 2
         assert 'begun by an earlier version of ssl_patch' in capsys.readouterr().err
+
+
+def test_completion_is_written(capsys):
+    "By the parser itself: commands, and options of each."
+    with pytest.raises(SystemExit) as e:
+        main(['--tyro-print-completion', 'bash'])
+    out = capsys.readouterr().out
+    assert not e.value.code and all(w in out for w in ('pretrain', 'embed', '--batch-size'))

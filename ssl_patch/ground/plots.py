@@ -24,7 +24,7 @@ VIEWS = (VIEW1, VIEW2, '#009E73', '#CC79A7', '#56B4E9', '#D55E00')  # of several
 # %% ../../nbs/ground/01_plots.ipynb #3c61ce04
 def picture_format(
     kind: str = 'jpeg',  # 'jpeg' for photographs, 'png' for charts
-    quality: int = 70,  # of JPEG, 1 to 95
+    quality: int = 55,  # of JPEG, 1 to 95
 ):
     """How a notebook keeps the pictures that it shows from here on; outside of one, nothing.
 

@@ -16,6 +16,8 @@ from .commands.pretrain import Pretrain, Speed
 from .commands.probe import Probe
 from .commands.show import Show
 from .commands.words import parsed_command
+from .ground.ranks import together
+from .training.setup import require_one_process
 
 # %% ../nbs/cli.ipynb #d54ee046
 commands = dict(
@@ -64,7 +66,11 @@ def main(
         args: words of the command line; None: sys.argv
     """
     try:
-        parsed(args).go()
+        command = parsed(args)
+        if not isinstance(command, Pretrain):
+            require_one_process()
+        with together():
+            command.go()
     except KeyboardInterrupt as e:
         print(f'\n{e}', file=sys.stderr)
         sys.exit(130)

@@ -1,95 +1,234 @@
-"Two processes with half a batch each against one process with all of it."
+"Several processes with a share of the batch each, against one with all of it: run for real."
 
-import socket
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
+import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+from several import METHODS, two_steps
 
+from ssl_patch.cli import main
 from ssl_patch.data.sources import images
-from ssl_patch.methods.contrast import InfoNCELoss
-from ssl_patch.methods.densecl import DenseCLLoss
-from ssl_patch.methods.method import Method
-from ssl_patch.methods.patch_loss import PatchLosses
-from ssl_patch.methods.sce import SCELoss
-from ssl_patch.models.encoders import vit
-from ssl_patch.models.heads import mlp
-from ssl_patch.models.momentum import Queue, ema
 from ssl_patch.views.augmentations import aug_moco_v2, aug_weak
-from ssl_patch.views.crops import View
 from ssl_patch.views.loader import ViewLoader
 
+HERE = Path(__file__).resolve().parent
+ENV = os.environ | dict(PYTHONPATH=str(HERE.parent), OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
 
-def methods():
-    """Keys of the batch, a queue, both, and a queue of image means of patches; heads without
-    batch-norm, so that images are independent."""
-    match = PatchLosses(DenseCLLoss(), queue=Queue(20))
-    for loss, queue, patch_loss in (
-        (InfoNCELoss(tau=0.2), None, None),
-        (SCELoss(), Queue(20), None),
-        (SCELoss(in_batch=True), Queue(20), None),
-        (SCELoss(), Queue(20), match),
+
+def torchrun(number, *words, **kw):
+    "The start of `torchrun` with so many processes."
+    start = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', str(number)]
+    how = dict(env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([*start, '--standalone', *map(str, words)], **how | kw)
+
+
+def apart(a, b):
+    "The largest difference of two dicts of tensors, of what they are where that is above 1."
+    assert a.keys() == b.keys()
+    far = lambda x, y: (x - y).abs().max() / x.abs().max().clamp(min=1)
+    return max(far(a[k].double(), b[k].double()).item() for k in a)
+
+
+@pytest.fixture(scope='module')
+def one():
+    "What one process makes, by method."
+    made = {}
+
+    def make(name):
+        if name not in made:
+            made[name] = two_steps(name)
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    'number, names', [(2, list(METHODS)), (4, ['moco_v2', 'aps', 'repco_moco_v3'])]
+)
+def test_several_processes_are_one(number, names, one, tmp_path):
+    "Losses, gradients, queues, weights and running statistics, and the same on every rank."
+    process = torchrun(number, HERE / 'several.py', tmp_path / 'r', *names)
+    text = process.communicate(timeout=900)[0]
+    assert process.returncode == 0, text
+    ranks = [torch.load(tmp_path / f'r.{r}', weights_only=True) for r in range(number)]
+    for name in names:
+        whole, (zero, *others) = one(name), [r[name] for r in ranks]
+        assert len(whole['loss']) == len(zero['loss'])
+        assert (whole['loss'] - zero['loss']).abs().max() < 1e-8, name
+        assert apart(whole['grad'], zero['grad']) < 1e-8, name
+        assert apart(whole['state'], zero['state']) < 1e-8, name
+        assert whole['next'] == zero['next'], name
+        for k in ('loss', 'pos_sim', 'neg_sim', 'key_std', 'entropy', 'feature_std', 'rank'):
+            assert zero['row'][k] == pytest.approx(whole['row'][k], rel=1e-5, abs=1e-6), (name, k)
+        for other in others:
+            assert apart(zero['state'], other['state']) == 0, name
+            assert apart(zero['grad'], other['grad']) == 0, name
+
+
+SETUP = """
+import os, signal, sys, time
+import torch
+from ssl_patch.data.sources import images
+from ssl_patch.ground.ranks import begin_ranks, ranks
+from ssl_patch.methods.sce import SCE
+from ssl_patch.models.encoders import vit
+from ssl_patch.training.pretrain import Pretrainer
+
+torch.set_num_threads(1)
+pixels = torch.randint(256, (32, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
+
+def make(out=None, **kw):
+    torch.manual_seed(0)
+    encoder = vit('tiny', 16, 4, width=16, depth=1, heads=1)
+    how = dict(epochs=4, batch_size=8, out=out, progress='lines', bf16=False, knn_every=0)
+    return Pretrainer(SCE(encoder, queue=32), images(pixels), **how | kw)
+"""
+
+
+def script(folder, number, text, **kw):
+    "`text` after the setup, in so many processes."
+    file = folder / 'script.py'
+    file.write_text(SETUP + textwrap.dedent(text))
+    return torchrun(number, file, **kw)
+
+
+def test_a_script_resumes_with_another_number_of_processes(tmp_path, capsys):
+    """No key has a twin, as where all would load the same images; a signal to one stops all after
+    the same batch; one process goes on, and ends where one process alone ends."""
+    process = script(
+        tmp_path,
+        2,
+        f"""
+    run = make({str(tmp_path / 'r')!r})
+    batch = run.train_batch
+    def train_batch(views):
+        batch(views)
+        if run.batches == 6:
+            keys = run.method.queue.keys
+            twins = (keys @ keys.T).fill_diagonal_(0) > 0.99999
+            print(f'rank {{ranks()[0]}}: {{int(twins.any(1).sum())}} twins', flush=True)
+            if ranks()[0] == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+    run.train_batch = train_batch
+    run.fit()
+    """,
+    )
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode and 'rank 0: 0 twins' in text and 'rank 1: 0 twins' in text, text
+    assert text.count('epoch 1/4') == 1 and 'stopped after batch 6 of 16; checkpoint in' in text
+    exec(SETUP, space := {})
+    run = space['make'](tmp_path / 'r', resume=True)
+    assert run.batches == 6 and 'with processes 2 -> 1' in capsys.readouterr().out
+    run.fit()
+    whole = space['make'](progress='quiet').fit()
+    a, b = run.method.state_dict(), whole.method.state_dict()
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a if torch.is_tensor(a[k]))
+
+
+def test_one_process_fails(tmp_path):
+    "The others end with its words, within seconds; what was saved stays."
+    process = script(
+        tmp_path,
+        2,
+        f"""
+    run = make({str(tmp_path / 'r')!r})
+    batch = run.train_batch
+    def train_batch(views):
+        if run.batches == 5 and ranks()[0] == 1:
+            print('began to end at', time.time(), flush=True)
+            raise ValueError('no such image')
+        batch(views)
+    run.train_batch = train_batch
+    try:
+        run.fit()
+    finally:
+        print('rank', ranks()[0], 'ended at', time.time(), flush=True)
+    """,
+    )
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode, text
+    assert 'process 1 of 2 has ended: ValueError: no such image. The last checkpoint in' in text
+    began, ended = (float(re.search(f'{w} at (\\S+)', text)[1]) for w in ('end', 'rank 0 ended'))
+    assert ended - began < 30, text
+    assert (tmp_path / 'r' / 'checkpoint.pt').is_file()
+
+
+def test_one_process_is_killed(tmp_path):
+    process = script(
+        tmp_path,
+        2,
+        f"""
+    run = make({str(tmp_path / 'r')!r})
+    batch = run.train_batch
+    def train_batch(views):
+        if run.batches == 5 and ranks()[0] == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        batch(views)
+    run.train_batch = train_batch
+    run.fit()
+    """,
+    )
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode and 'another of the 2 processes is gone' in text, text
+    assert (tmp_path / 'r' / 'checkpoint.pt').is_file()
+
+
+def test_the_shell(tmp_path):
+    "The command of one process with `torchrun` before it: the same losses, written and said once."
+    words = ['--data', 'photos', '--subset', 64, '--size', 16, '--width', 16, '--depth', 1]
+    words += ['--heads', 1, '--method', 'moco_v3', '--options', 'hidden=16', 'out=8']
+    words += ['--epochs', 2, '--batch-size', 16, '--knn-every', 0, '--bf16', 'False', '--out']
+    words = ['pretrain', *map(str, words)]
+    process = torchrun(2, '-m', 'ssl_patch', *words, tmp_path / 'two')
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and text.count('epoch 2/2') == text.count('ImageData') == 1, text
+    main([*words, str(tmp_path / 'one')])
+    rows = [list(csv.DictReader(open(tmp_path / n / 'metrics.csv'))) for n in ('one', 'two')]
+    for a, b in zip(*rows, strict=True):
+        assert float(a['loss']) == pytest.approx(float(b['loss']), abs=1e-4)
+    assert json.loads((tmp_path / 'two' / 'config.json').read_text())['processes'] == 2
+
+
+def test_what_one_process_does_refuses_several(tmp_path):
+    "And rank zero alone finds a folder taken; both end."
+    (tmp_path / 'r').mkdir()
+    (tmp_path / 'r' / 'checkpoint.pt').write_bytes(b'')
+    process = script(
+        tmp_path,
+        2,
+        f"""
+    from ssl_patch.training.setup import require_one_process
+    begin_ranks()
+    for build in (
+        require_one_process,
+        lambda: make(batch_size=9),
+        lambda: make(batch_size=2),
+        lambda: make({str(tmp_path / 'r')!r}),
     ):
-        torch.manual_seed(0)
-        yield Method(
-            vit(size=16, patch=4, width=32, depth=1, heads=2),
-            (aug_moco_v2(16), aug_weak(16)),
-            view_pairs=((0, 1),),
-            key_encoder=ema(0.9),
-            queue=queue,
-            projector=mlp(32, 8, last_norm=False, bias=True),
-            loss=loss,
-            patch_loss=patch_loss,
-        )
-
-
-def step(part):
-    "Loss, gradient and queue after two steps, of rows `part` of a fixed batch."
-    g = torch.Generator().manual_seed(1)
-    batches = [[torch.rand(8, 3, 16, 16, generator=g) for _ in range(2)] for _ in range(2)]
-    out = []
-    for m in methods():
-        for xs in batches:
-            loss, _ = m(
-                [View(x[part], torch.zeros(len(x[part]), 4), torch.zeros(len(x[part]))) for x in xs]
-            )
-            tower = m.tower
-            head = tower.projector if m.patch_loss is None else tower.patch_projector
-            grad = torch.autograd.grad(loss, head[0].weight)[0]
-            m.after_step()
-        out.append(
-            (loss.detach(), grad, torch.cat([q.keys for q in m.queues()] or [torch.zeros(1)]))
-        )
-    return out
-
-
-def worker(rank, port, results):
-    dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    results.put((rank, [[t.tolist() for t in r] for r in step(slice(4 * rank, 4 * rank + 4))]))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def test_two_processes_are_one():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    context = mp.get_context('spawn')
-    results = context.Queue()
-    workers = [context.Process(target=worker, args=(r, port, results)) for r in range(2)]
-    for w in workers:
-        w.start()
-    got = dict(results.get(timeout=300) for _ in workers)
-    for w in workers:
-        w.join(60)
-        assert w.exitcode == 0
-    for whole, a, b in zip(step(slice(None)), got[0], got[1]):
-        (loss, grad, queue), (a, b) = whole, ([torch.tensor(t) for t in r] for r in (a, b))
-        assert torch.allclose((a[0] + b[0]) / 2, loss, atol=1e-5) and torch.allclose(
-            (a[1] + b[1]) / 2, grad, atol=1e-5
-        )
-        assert torch.equal(a[2], b[2]) and torch.allclose(a[2], queue, atol=1e-5)
+        try:
+            build()
+        except Exception as e:
+            print(f'rank {{ranks()[0]}}: {{e}}', flush=True)
+    """,
+    )
+    text = process.communicate(timeout=300)[0]
+    for rank in range(2):
+        for words in (
+            'the number of processes (torchrun, WORLD_SIZE) must be 1, as only pretraining',
+            'batch_size must be a multiple of 2, the processes, at least 4, got 9',
+            'batch_size must be a multiple of 2, the processes, at least 4, got 2',
+        ):
+            assert f'rank {rank}: {words}' in text, text
+    assert f'rank 0: {tmp_path / "r"} already holds a run' in text, text
+    assert 'rank 1: process 0 has ended: FileExistsError' in text, text
 
 
 def test_spawned_workers_make_the_same_views(tmp_path):

@@ -13,6 +13,7 @@ import torch
 import tyro
 from ..ground.checks import require, require_choice
 from ..ground.files import atomic_write
+from ..ground.ranks import by_zero, zero_first
 from ..methods.compose import build_method, load_papers
 from ..reports.profile import profile_run
 from ..reports.runs import load_run
@@ -173,7 +174,8 @@ class Setup:
         method = self.build_method()  # what is wrong with it is told before data are read
         clips = (self.frames, self.seconds) if hasattr(method.encoder, 'frames') else None
         how = self.subset, self.channels, clips, self.test_fraction
-        return load_data(self.data, self.size, *how), method
+        load = lambda: load_data(self.data, self.size, *how)
+        return zero_first(load), method  # what it fetches or packs is there for the others
 
     def try_out(self):
         "What can be found wrong with these options without reading an image: `ValueError`, ..."
@@ -276,7 +278,8 @@ class Pretrain(Setup):
 
     def go(self) -> Pretrainer:
         "Train to the end."
-        me = self.begun() if self.resume is True or self.resume and self.has_checkpoint() else self
+        goes_on = lambda: self.resume is True or self.resume and self.has_checkpoint()
+        me = by_zero(lambda: self.begun() if goes_on() else self)
         place = Path(me.data).expanduser()  # another working folder finds it too
         data = str(place.resolve()) if place.exists() else me.data
         cli = asdict(replace(me, data=data, resume=False))

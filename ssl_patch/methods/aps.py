@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from ..ground.checks import require, require_int, require_number
+from ..ground.ranks import rand
 from ..views.augmentations import aug_aps_cifar, aug_byol_a, aug_byol_b
 from ..models.interface import Encoder
 from ..models.heads import mlp_heads
@@ -102,7 +103,7 @@ def sample_sparse(
     k, (rows, cols) = num_kept(grid, keep_ratio), as_grid(grid)
     device = device or (generator.device if generator is not None else 'cpu')
     shuffles = 1 if disjoint else num_draws
-    order = torch.rand(batch, shuffles, rows * cols, generator=generator, device=device).argsort(-1)
+    order = rand(batch, shuffles, rows * cols, generator=generator, device=device).argsort(-1)
     if disjoint:
         return order[..., : num_draws * k].unflatten(-1, (num_draws, k))[:, 0]
     return order[..., :k]
@@ -129,7 +130,8 @@ def sample_selective(
     require_number(gamma, 'gamma', 0)
     new = 1 - cover.flatten(-2)
     require_int(k, 'k', 1, new.shape[-1], hint=', the patches of the grid')
-    uniform = torch.rand(new.shape, generator=generator, dtype=new.dtype, device=new.device)
+    draw = rand if new.ndim > 1 else torch.rand  # of a batch, or of one image
+    uniform = draw(*new.shape, generator=generator, dtype=new.dtype, device=new.device)
     score = -(-uniform.clamp_min(1e-30).log()).log()  # Gumbel noise
     if gamma > 0:
         # below every patch with something new: the noise spans less than 50

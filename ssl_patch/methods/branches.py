@@ -11,20 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..ground.checks import require
 from ..models.heads import Projections, per_patch
+from .scores import full_precision
 
 # %% ../../nbs/methods/02_branches.ipynb #d594f6a7
 def l2_normalize(
     x: Tensor,  # (...,d)
-) -> Tensor:  # rows of length 1, float32
-    """Rows brought to unit length, in float32 even under autocast.
+) -> Tensor:  # rows of length 1, float32 or float64
+    """Rows brought to unit length, in full precision even under autocast.
 
     Args:
         x: (...,d)
 
     Returns:
-        rows of length 1, float32
+        rows of length 1, float32 or float64
     """
-    return F.normalize(x.float(), dim=-1)
+    return F.normalize(full_precision(x), dim=-1)
 
 
 @torch.no_grad()
@@ -88,7 +89,7 @@ def make_keys(
     if p.patches is None:
         return Projections(image, None, p.features)
     patches = p.patches.detach() if stop_gradient else p.patches
-    mean = l2_normalize(patches.float().mean(1))
+    mean = l2_normalize(full_precision(patches).mean(1))
     return Projections(image, l2_normalize(patches), p.features, mean)
 
 # %% ../../nbs/methods/02_branches.ipynb #f673e573

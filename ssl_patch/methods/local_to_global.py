@@ -18,6 +18,7 @@ from ssl_patch.ground.checks import (
     require_number,
     require_shape,
 )
+from ..ground.ranks import gather, ranks
 from ..views.augmentations import aug_aps_cifar, aug_byol_a, aug_byol_b
 from ..models.interface import Encoder, random_patches, require_encoder
 from ..models.heads import mlp_heads
@@ -38,15 +39,17 @@ from .moco import moco_v3_heads
 def check_global(
     anchor: Tensor,  # (B,d) image vectors
     local: Tensor,  # (B,M,d) patches
+    offset: int | None = None,  # patches of all processes: image i is image i+offset of `local`
 ):
     """`ValueError` for shapes that do not fit each other, before any work.
 
     Args:
         anchor: (B,d) image vectors
         local: (B,M,d) patches
+        offset: patches of all processes: image i is image i+offset of `local`
     """
     require_shape(anchor, 'anchor', ('B', 'd'), meaning=', one vector an image')
-    shape = (len(anchor), 'M', anchor.shape[1])
+    shape = (len(anchor) if offset is None else 'B_all', 'M', anchor.shape[1])
     require_shape(local, 'local', shape, meaning=', M patches of the same images, as wide')
     require(0 not in local.shape, 'local', '(B,M,d) with nothing empty', local)
     what = 'of two images or more (a batch of one has no negatives)'
@@ -64,6 +67,7 @@ def local_to_global(
     num_patches: int | None = None,  # of an image, drawn anew; None: all M
     chunk: int | None = None,  # anchors at a time, 4 chunk B M bytes; None: as suits the processor
     generator: torch.Generator | None = None,  # of the draw of patches
+    offset: int | None = None,  # `local` is of all processes: image i is image i+offset of it
 ) -> Tensor:  # scalar, mean over all patches
     """Each image vector picks out the patches of its image, G (our reading of Rabarisoa et al.
     2022). Gradient reaches the side that `learns` alone. Value at chance: ln(1+(B-1)M).
@@ -77,11 +81,12 @@ def local_to_global(
         num_patches: of an image, drawn anew; None: all M
         chunk: anchors at a time, 4 chunk B M bytes; None: as suits the processor
         generator: of the draw of patches
+        offset: `local` is of all processes: image i is image i+offset of it
 
     Returns:
         scalar, mean over all patches
     """
-    check_global(anchor, local)
+    check_global(anchor, local, offset)
     check_patch_numbers(tau, chunk)
     require_choice(learns, 'learns', SIDES)
     require_int(num_patches, 'num_patches', 1, local.shape[1], optional=True)
@@ -89,11 +94,13 @@ def local_to_global(
     m = random_patches(local, num_patches, generator)
     m = m if learns == 'local' else m.detach()
 
-    def loss(rows, a, m):
-        s = row_similarity(a, m[rows]) / tau
-        return nce(s, negatives_logsumexp(a, m, tau, rows)).sum()
+    first, n = offset or 0, len(anchor)
 
-    return sum_over_images(loss, a[:, None], m, chunk, m) / m.shape[:2].numel()
+    def loss(rows, a, m):
+        s = row_similarity(a, m[first : first + n][rows]) / tau
+        return nce(s, negatives_logsumexp(a, m, tau, rows, first)).sum()
+
+    return sum_over_images(loss, a[:, None], m, chunk, m) / (n * m.shape[1])
 
 # %% ../../nbs/methods/15_local_to_global.ipynb #a96860cb
 @dataclass(frozen=True)
@@ -121,8 +128,10 @@ class LocalToGlobalLoss(PatchLoss):
 
     def __call__(self, a: ViewOutputs, b: ViewOutputs, queue=None):
         def G(anchor, local, learns):
-            settings = self.tau, learns, self.num_patches, self.chunk
-            return local_to_global(anchor.image, local.patches, *settings)
+            drawn = random_patches(local.patches, self.num_patches)
+            m = gather(drawn, learns == 'local')  # of all processes
+            own = dict(chunk=self.chunk, offset=ranks()[0] * len(drawn))
+            return local_to_global(anchor.image, m, self.tau, learns, **own)
 
         return (G(b.key, a.query, 'local') + G(b.query, a.key, 'anchor')) / 2
 

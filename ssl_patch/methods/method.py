@@ -11,14 +11,14 @@ import warnings
 import torch
 from torch import nn
 from ..ground.checks import require
+from ..ground.ranks import gather, in_order, ranks
 from ..ground.text import repr_markdown
+from ..models.encoders import ResNet, ViT
 from ..models.interface import Encoder
 from ..models.heads import Tower, mlp_heads
 from ssl_patch.models.momentum import (
     Queue,
     SplitBatchNorm,
-    all_gather_keys,
-    dist_info,
 )
 from ssl_patch.methods.branches import (
     make_keys,
@@ -40,6 +40,7 @@ from ssl_patch.methods.trials import (
     check_slot_types,
     check_views,
     describe,
+    require_arguments,
     try_loss,
     try_patch_loss,
     try_sampler,
@@ -175,18 +176,21 @@ class Method(nn.Module):
         self.check_queues(len(views[0]))
         queries, keys = self.queries_and_keys(views, keeps or [None] * len(views), progress)
         key_views = sorted({b for _, b in self.view_pairs})
-        all_keys = {b: all_gather_keys(keys[b].image) for b in key_views}  # of all processes
+        learn = not self.stop_gradient
+        all_keys = {b: gather(keys[b].image, learn) for b in key_views}  # of all processes
         pairs = self.view_pairs
         loss = sum(self.compare(queries[a].image, keys[b].image, all_keys[b]) for a, b in pairs)
 
         a, b = pairs[0]
-        log = pair_stats(queries[a].image.detach(), keys[b].image)
-        self.pending_keys = [torch.cat([*all_keys.values()]).detach()] if self.queue else []
+        log = pair_stats(gather(queries[a].image.detach()), all_keys[b])
+        self.pending_keys = []
+        if self.queue:
+            self.pending_keys.append(torch.cat([in_order(k.detach()) for k in all_keys.values()]))
         if self.patch_queue:
-            means = [all_gather_keys(keys[v].mean.detach()) for v in key_views]
+            means = [in_order(gather(keys[v].mean.detach())) for v in key_views]
             self.pending_keys.append(torch.cat(means))
         if self.log_features:
-            self.note_features(queries[a], keys[b].image)
+            self.note_features(queries[a], all_keys[b])
         if self.patch_loss is None:
             return self.loss_scale * loss, log
 
@@ -211,18 +215,16 @@ class Method(nn.Module):
 
     def compare(self, q, k, all_keys):
         "The image loss of one pair of views. Keys of the batch are those of all processes."
-        queue, (rank, processes) = self.queue and self.queue.keys, dist_info()
+        queue, (rank, processes) = self.queue and self.queue.keys, ranks()
         in_batch = queue is None or getattr(self.loss, 'in_batch', False)
         # q and k are float32, and so is all that a loss makes of them
         with torch.autocast(q.device.type, enabled=False):
             if processes == 1 or not in_batch:
                 return self.loss(q, k, queue)
-            what = 'True in several processes, whose keys are exchanged without gradient'
-            require(self.stop_gradient, 'stop_gradient', what, self.stop_gradient)
             return self.loss(q, all_keys, queue, offset=rank * len(q))
 
     def compare_patches(self, views, queries, keys):
-        "The patch losses, summed over pairs. Negatives of the batch are those of this process."
+        "The patch losses, summed over pairs."
         queue = self.patch_queue and self.patch_queue.keys
         out = [ViewOutputs(v, queries.get(i), keys.get(i)) for i, v in enumerate(views)]
         with torch.autocast(views[0].x.device.type, enabled=False):
@@ -245,12 +247,18 @@ class Method(nn.Module):
     def queues(self):  # those there are
         return [q for q in (self.queue, self.patch_queue) if q]
 
-    def keys_per_step(self, batch_size):  # that enter a queue, of all processes
-        return batch_size * len({b for _, b in self.view_pairs}) * dist_info()[1]
+    def keys_per_step(self, batch_size):  # that enter a queue
+        return batch_size * len({b for _, b in self.view_pairs})
 
-    def check_queues(self, batch_size):
+    def check_queues(self, batch_size):  # of this process
         for queue in self.queues():
-            queue.check(self.keys_per_step(batch_size))
+            queue.check(self.keys_per_step(batch_size * ranks()[1]))
+
+    @property
+    def has_idle_weights(self):  # whether some may get no gradient in some steps, or are not known
+        slot = self.patch_loss
+        known = isinstance(self.encoder, ViT | ResNet)
+        return not known or bool(slot and (slot.start_fraction or not slot.image_weight))
 
     @property
     def bn_splits(self):  # groups of batch-norm
@@ -260,14 +268,14 @@ class Method(nn.Module):
     def set_data_size(
         self,
         num_images: int,  # in the data set
-        batch_size: int,  # images per loaded batch
+        batch_size: int,  # images per loaded batch, of all processes
     ):
         """Before training: a queue without a size takes one that suits the data.
         `ValueError` for a batch that queue or batch-norm cannot take.
 
         Args:
             num_images: in the data set
-            batch_size: images per loaded batch
+            batch_size: images per loaded batch, of all processes
         """
         for queue in self.queues():
             queue.set_data_size(num_images, self.keys_per_step(batch_size))
@@ -275,13 +283,22 @@ class Method(nn.Module):
         fits = splits == 1 or (batch_size % splits == 0 and batch_size > splits)
         what = f'a multiple of {splits}, at least {2 * splits}, for batch-norm in {splits} groups'
         require(fits, 'batch_size', what, batch_size)
+        size = ranks()[1]
+        if size > 1:
+            what = f'a multiple of {size}, the processes, at least {2 * size}'
+            require(batch_size % size == 0 and batch_size > size, 'batch_size', what, batch_size)
+            what = f'1, or a multiple of {size}, the processes'
+            require(splits == 1 or splits % size == 0, 'bn_splits', what, splits)
+            if self.queue is None or getattr(self.loss, 'in_batch', False):
+                names = 'q', 'k', 'queue', 'offset'
+                require_arguments(self.loss, 'with several processes a loss', *names)
 
     @torch.no_grad()
     def note_features(self, queries, k):
         """Features, and the entropy of the soft labels where the loss has some, into `feature_log`.
         Soft labels that fail cost the number, not the run."""
         features = queries.features
-        self.feature_log = dict(features=features.image.detach().float())
+        self.feature_log = dict(features=gather(features.image.detach()).float())
         if features.has_patches:
             self.feature_log['patches'] = features.patches.detach().float()
         if not hasattr(self.loss, 'soft_labels'):

@@ -8,13 +8,14 @@ __all__ = ['neighbour_masks', 'PatchPairs', 'check_pairs', 'check_mining', 'repc
 # %% ../../nbs/methods/20_mining.ipynb #038eca38
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..ground.checks import require_int, require_number, require_shape
 from ..ground.plots import NEGATIVE, POSITIVE, as_picture, canvas, lines, rectangles
+from ..ground.ranks import mean_of_ranks, ranks
 from ssl_patch.methods.geometry import (
     as_grid,
     check_features,
@@ -59,16 +60,27 @@ class PatchPairs:
         pos_ok: (B,M) bool, True where the positive counts
         neg: (B,M,k) long, the negatives of every patch, least similar first
         neg_ok: (B,M,k) bool, True where the negative counts
+        counts: patches with a positive, with a negative: of a process on average; None: those that
+            are here
     """
 
     pos: Tensor  # (B,M) long, the positive of every patch: a patch of the same image
     pos_ok: Tensor  # (B,M) bool, True where the positive counts
     neg: Tensor  # (B,M,k) long, the negatives of every patch, least similar first
     neg_ok: Tensor  # (B,M,k) bool, True where the negative counts
+    # patches with a positive, with a negative: of a process on average; None: those that are here
+    counts: tuple | None = None
 
     def of(self, rows):  # slice
         "The pairs of some images."
         return PatchPairs(self.pos[rows], self.pos_ok[rows], self.neg[rows], self.neg_ok[rows])
+
+    def of_all_processes(self):
+        "The same pairs, their means taken over the patches of all processes."
+        if (size := ranks()[1]) == 1:
+            return self
+        both = mean_of_ranks(torch.stack([self.pos_ok.sum(), self.neg_ok.any(2).sum()]).double())
+        return replace(self, counts=both.clamp(min=1 / size).unbind())
 
 # %% ../../nbs/methods/20_mining.ipynb #045f72d8
 def check_pairs(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..ground.checks import require, require_choice, require_int, require_number
+from ..ground.ranks import gather, ranks
 from ..models.encoders import ResNet
 from ..models.interface import Encoder, random_patches, require_encoder
 from .method import Method
@@ -48,6 +49,8 @@ def repco_positive(
     negatives_per_image: int | None = None,  # without a queue: so many, drawn anew; None: all
     chunk: int | None = None,  # images at a time, 4 chunk M K bytes; None: as suits the processor
     generator: torch.Generator | None = None,  # of the draw of negatives
+    negatives: Tensor | None = None,  # without a queue: patches (B_all,m,d) of all processes
+    offset: int = 0,  # with them: image i is row i+offset
 ) -> Tensor:  # scalar, mean over the patches with a positive
     """InfoNCE of a patch and a similar patch of its image, L+ (our reading of RepCo, Lei et al.
     2023). Gradient reaches `r` alone. Value at chance: ln(1+K), or ln(1+(B-1)M).
@@ -62,6 +65,8 @@ def repco_positive(
         negatives_per_image: without a queue: so many, drawn anew; None: all
         chunk: images at a time, 4 chunk M K bytes; None: as suits the processor
         generator: of the draw of negatives
+        negatives: without a queue: patches (B_all,m,d) of all processes
+        offset: with them: image i is row i+offset
 
     Returns:
         scalar, mean over the patches with a positive
@@ -73,18 +78,20 @@ def repco_positive(
     with_queue = queue is not None and negatives_per_image is not None
     require(not with_queue, 'negatives_per_image', 'None with a queue', negatives_per_image)
     u = u.detach()
-    if queue is None:
-        negatives = random_patches(u, negatives_per_image, generator)
-    else:
+    if queue is not None:
         negatives = queue.detach()
+    elif negatives is None:
+        negatives = random_patches(u, negatives_per_image, generator)
+    of_all = getattr(pairs, 'counts', None)
+    count = of_all[0].to(r) if of_all else pairs.pos_ok.sum().clamp(min=1)
     positives = rows_of_each(u, pairs.pos.where(pairs.pos_ok, 0))
 
     def loss(rows, r, _):
         s = row_similarity(r, positives[rows]) / tau
-        each = nce(s, negatives_logsumexp(r, negatives, tau, rows))
+        each = nce(s, negatives_logsumexp(r, negatives, tau, rows, offset))
         return each.where(pairs.pos_ok[rows], 0.0).sum()
 
-    return sum_over_images(loss, r, negatives, chunk) / pairs.pos_ok.sum().clamp(min=1)
+    return sum_over_images(loss, r, negatives, chunk) / count
 
 # %% ../../nbs/methods/14_repco.ipynb #8c64399e
 def repco_negative(
@@ -115,7 +122,9 @@ def repco_negative(
     gap = (local - row_similarity(r, u)[..., None]) / tau
     with_self = F.pad(gap.masked_fill(~ok, float('-inf')), (1, 0))  # the pad is exp(0) = 1
     each, some = with_self.logsumexp(2), ok.any(2)
-    return each.where(some, 0.0).sum() / some.sum().clamp(min=1)
+    of_all = getattr(pairs, 'counts', None)
+    count = of_all[1].to(each) if of_all else some.sum().clamp(min=1)
+    return each.where(some, 0.0).sum() / count
 
 # %% ../../nbs/methods/14_repco.ipynb #09cc0bd9
 def repco(
@@ -130,6 +139,8 @@ def repco(
     | None = None,  # of L+, without a queue: so many, drawn anew; None: all
     chunk: int | None = None,  # images at a time in L+; None: as suits the processor
     generator: torch.Generator | None = None,  # of the draw of negatives
+    negatives: Tensor | None = None,  # of L+, without a queue: (B_all,m,d) of all processes
+    offset: int = 0,  # with them: image i is row i+offset
 ) -> Tensor:  # scalar
     """L+ + beta L-, pairs from within an image (our reading of RepCo, Lei et al. 2023). Gradient
     reaches `r` alone. Raises `ValueError` on wrong shapes, pairs or settings.
@@ -145,6 +156,8 @@ def repco(
         negatives_per_image: of L+, without a queue: so many, drawn anew; None: all
         chunk: images at a time in L+; None: as suits the processor
         generator: of the draw of negatives
+        negatives: of L+, without a queue: (B_all,m,d) of all processes
+        offset: with them: image i is row i+offset
 
     Returns:
         scalar
@@ -154,7 +167,7 @@ def repco(
     check_patches(r, u, same_grid=True, negatives=False)
     parts = []
     if use_positives:
-        settings = tau, negatives_per_image, chunk, generator
+        settings = tau, negatives_per_image, chunk, generator, negatives, offset
         parts.append(repco_positive(r, u, pairs, queue, *settings))
     if beta > 0:
         parts.append(beta * repco_negative(r, u, pairs, tau))
@@ -207,10 +220,15 @@ class RepCoLoss(PatchLoss):
         return repco_pairs(features, grid, self.min_distance, *settings)
 
     def __call__(self, a: ViewOutputs, b: ViewOutputs, queue=None):
-        pairs = self.pairs(a.key.features.patches.detach(), a.key.features.grid)
+        key = a.key.features
+        pairs = self.pairs(key.patches.detach(), key.grid).of_all_processes()
         weights = self.tau, self.beta, self.use_positives
         draws = self.negatives_per_image, self.chunk
-        return repco(a.query.patches, a.key.patches, pairs, queue, *weights, *draws)
+        r, u = a.query.patches, a.key.patches
+        if queue is not None or not self.use_positives:
+            return repco(r, u, pairs, queue, *weights, *draws)
+        others = gather(random_patches(u.detach(), self.negatives_per_image))
+        return repco(r, u, pairs, None, *weights, *draws, None, others, ranks()[0] * len(r))
 
     def check(self, grid, has_queue):
         adjacent, far = neighbour_masks(grid, self.min_distance)

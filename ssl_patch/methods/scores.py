@@ -149,6 +149,7 @@ def negatives_logsumexp(
     negatives: Tensor,  # (K,d), the same for all; or (B,m,d), and then those of other images
     tau: float,  # temperature
     rows: slice = slice(None),  # which images of the batch `r` holds
+    offset: int = 0,  # image 0 of the batch is image `offset` of `negatives`
 ) -> Tensor:  # (b,M)
     """Log-sum-exp of the scores of every patch with its negatives.
 
@@ -157,14 +158,16 @@ def negatives_logsumexp(
         negatives: (K,d), the same for all; or (B,m,d), and then those of other images
         tau: temperature
         rows: which images of the batch `r` holds
+        offset: image 0 of the batch is image `offset` of `negatives`
 
     Returns:
         (b,M)
     """
     s = similarity(full_precision(r).flatten(0, 1) / tau, negatives.flatten(0, -2))
     if negatives.ndim == 3:
-        own = torch.arange(len(s.T), device=s.device).view(negatives.shape[:2])[rows]
-        own = own.repeat_interleave(r.shape[1], 0)
+        own = torch.arange(len(s.T), device=s.device).view(negatives.shape[:2])
+        first = offset + (rows.start or 0)
+        own = own[first : first + len(r)].repeat_interleave(r.shape[1], 0)
         with torch.no_grad():  # no share of the sum, so no gradient either
             s.scatter_(1, own, float('-inf'))
     return s.logsumexp(1).view(r.shape[:2])

@@ -91,8 +91,19 @@ class Projections:
         Args:
             i: (n,) long
         """
-        patches = self.patches if self.patches is None else self.patches[i]
-        return Projections(self.image[i], patches, self.features.rows(i))
+        return self.each(lambda x: x[i])
+
+    def each(
+        self,
+        change,  # a function of a tensor whose rows are images
+    ):
+        """The same of changed tensors.
+
+        Args:
+            change: a function of a tensor whose rows are images
+        """
+        patches = self.patches if self.patches is None else change(self.patches)
+        return Projections(change(self.image), patches, self.features.each(change))
 
 # %% ../../nbs/models/02_heads.ipynb #25ff120e
 class Tower(nn.Module):

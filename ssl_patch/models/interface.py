@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..ground.ranks import rand
 from ssl_patch.ground.checks import (
     height_width,
     image_size,
@@ -48,16 +49,13 @@ class Features:
     grid: tuple  # (rows, columns) of the whole grid; M is their product unless patches were dropped
     has_patches = True  # a network may have none: see `ImageOnly`
 
-    def rows(
-        self,
-        i: Tensor,  # (n,) long
-    ):
-        """The features of images `i`, in that order.
+    def rows(self, i: Tensor):  # (n,) long
+        "The features of images `i`, in that order."
+        return self.each(lambda x: x[i])
 
-        Args:
-            i: (n,) long
-        """
-        return Features(self.image[i], self.patches[i], self.grid)
+    def each(self, change):  # a function of a tensor whose rows are images
+        "The same of changed tensors."
+        return Features(change(self.image), change(self.patches), self.grid)
 
 
 class ImageOnly(Features):
@@ -78,8 +76,8 @@ class ImageOnly(Features):
         self.image = image
         self.why = why
 
-    def rows(self, i):
-        return ImageOnly(self.image[i], self.why)
+    def each(self, change):
+        return ImageOnly(change(self.image), self.why)
 
     def __repr__(self):
         return f'ImageOnly(image {tuple(self.image.shape)}; {self.why})'
@@ -135,7 +133,7 @@ def random_patches(
     """
     if n is None or n >= x.shape[1]:
         return x
-    chances = torch.rand(x.shape[:2], device=x.device, generator=generator)
+    chances = rand(*x.shape[:2], device=x.device, generator=generator)
     images = torch.arange(len(x), device=x.device)[:, None]
     return x[images, chances.topk(n, 1).indices]
 

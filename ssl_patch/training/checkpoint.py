@@ -23,6 +23,7 @@ import torch
 import ssl_patch
 from ..evaluation.records import hardware
 from ..ground.checks import shown
+from ..ground.ranks import leave_word, ranks, told_by_others, wait_for_all
 from .continuing import NAMES_OF_BEFORE
 from .run_folder import as_json
 
@@ -36,9 +37,10 @@ def graceful_stop():
         return
 
     def note(number, frame):
-        if seen:
+        if not seen:
+            seen.append(number)
+        elif ranks()[1] == 1:  # torchrun hands on what the terminal has sent already
             raise KeyboardInterrupt
-        seen.append(number)
 
     old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -75,6 +77,10 @@ def _explained(error, run):
     "The error with what to do about it; the same where nothing is known about it."
     text = str(error)
     kept = f'The last checkpoint in {run.out} is untouched. ' if run.out else ''
+    if why := told_by_others(error):
+        return RuntimeError(f'{why}. {kept}The run ends in batch {run.batches}'.strip())
+    if not isinstance(error, MemoryError | RuntimeError):
+        return error
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or 'allocate memory' in text:
         return RuntimeError(
             f'memory is used up in batch {run.batches}. {kept}Lower batch_size, the size of the '
@@ -86,6 +92,13 @@ def _explained(error, run):
             f'used up. {kept}Try fewer workers, or workers=0 to see why ({text.splitlines()[0]})'
         )
     return error
+
+
+def _say_it_first(failed):
+    "Where one process fails, torchrun ends the others by SIGTERM: not before they have said why."
+    main = threading.current_thread() is threading.main_thread()
+    if failed and ranks()[1] > 1 and main:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager
@@ -103,10 +116,13 @@ def in_training(
         if run.folder:
             stack.enter_context(run.folder.held())
         stack.enter_context(torch.random.fork_rng())
+        stack.callback(_say_it_first, failed := [])
         stop = stack.enter_context(graceful_stop())
         try:
             yield stop
-        except (MemoryError, RuntimeError) as e:
+        except Exception as e:
+            failed.append(e)
+            leave_word(e)
             told = _explained(e, run)
             if told is e:
                 raise
@@ -148,7 +164,10 @@ def stop_run(
     if run.folder:
         run.save()
     run.progress.close()
+    wait_for_all()
     kept = f'checkpoint in {run.out}' if run.out else 'nothing is written'
+    if ranks()[0]:
+        kept = 'process 0 writes what there is to write'
     where = f'stopped after batch {run.batches} of {run.total}'
     end_by_signal(number, f'{where}; {kept}; {_what_goes_on(run)}')
 

@@ -15,10 +15,21 @@ import torch
 from ..data.images import Images
 from ..evaluation.features import require_accepted
 from ..ground.checks import require, require_choice, require_int, require_number
+from ssl_patch.ground.ranks import (
+    agreed,
+    begin_ranks,
+    by_zero,
+    own_device,
+    parallel,
+    ranks,
+    seed_ranks,
+    wait_for_all,
+)
 from ..ground.text import plain, repr_markdown
 from ..methods.configs import TrainConfig
 from ..methods.method import Method
 from ..models.files import save_encoder
+from ..models.momentum import average_running_stats, share_batch_norm
 from ..models.interface import spec_of
 from ssl_patch.training.checkpoint import (
     as_identity,
@@ -49,7 +60,6 @@ from ssl_patch.training.progress import (
 from ssl_patch.training.setup import (
     native_bf16,
     require_device,
-    require_one_process,
     resolve_config,
     to_device,
     without_test_images,
@@ -67,7 +77,7 @@ class Pretrainer:
         method: what is trained
         data: `ImageData`; labels are used by the online kNN only
         epochs: passes over the data; None: as the method's paper
-        batch_size: None: the paper's, at most a sixteenth of the data
+        batch_size: of all processes; None: the paper's, at most a sixteenth of the data
         lr: learning rate; None: base_lr x batch_size / 256
         out: run folder, ~ is the home folder; None: nothing is written
         resume: True: go on from the checkpoint in `out`; 'auto': where there is one; more epochs
@@ -90,7 +100,8 @@ class Pretrainer:
         method: Method,  # what is trained
         data,  # `ImageData`; labels are used by the online kNN only
         epochs: int | None = None,  # passes over the data; None: as the method's paper
-        batch_size: int | None = None,  # None: the paper's, at most a sixteenth of the data
+        # of all processes; None: the paper's, at most a sixteenth of the data
+        batch_size: int | None = None,
         lr: float | None = None,  # learning rate; None: base_lr x batch_size / 256
         out=None,  # run folder, ~ is the home folder; None: nothing is written
         # True: go on from the checkpoint in `out`; 'auto': where there is one; more epochs lengthen
@@ -109,11 +120,13 @@ class Pretrainer:
     ):
         asked = "what images(...) or videos(...) returns, such as images('photos')"
         require(isinstance(getattr(data, 'train', None), Images), 'data', asked, data)
-        self.progress, self.timer, self.meter = Progress(progress), Timer(), Meter()
+        begin_ranks()  # those that torchrun has started
+        rank = ranks()[0]
+        self.progress, self.timer = Progress('quiet' if rank else progress), Timer()
+        self.meter = Meter()
         require_accepted(method.encoder, data.train)
         data = without_test_images(data, overlap)
-        require_one_process()
-        self.device = require_device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        self.device = require_device(own_device(device))
         config = resolve_config(method, len(data.train), epochs, batch_size, train_config)
         self.lr = config.base_lr * config.batch_size / 256 if lr is None else lr
         require_number(self.lr, 'lr', above=0)
@@ -122,14 +135,17 @@ class Pretrainer:
         require_choice(bf16, 'bf16', (None, True, False))
         require_int(knn_every, 'knn_every', least=0, optional=True)
         method.set_data_size(len(data.train), config.batch_size)
-        how = dict(seed=seed, device=self.device, workers=workers)
+        how = dict(seed=seed, device=self.device, workers=workers, share=ranks())
         self.loader = view_loader(data.train, method.augmentations, config.batch_size, **how)
-        self.folder, state = open_run(out, resume, self.device)
+        where = self.device if ranks()[1] == 1 else 'cpu'
+        folder, state = by_zero(lambda: open_run(out, resume, where))
+        self.folder = None if rank else folder  # rank zero alone writes
         self.out = self.folder and self.folder.path
         if resume is True and not state:
             self.progress.say(f'no checkpoint in {out} yet: the run begins')
         self.bf16 = settled_bf16(bf16, native_bf16(self.device), state)
         to_device(method, data, self.device, self.bf16)
+        share_batch_norm(method, self.device)
         self.method, self.data, self.images = method, data, data.train.content()
         self.train_config, self.epochs, self.seed = config, config.epochs, seed
         self.save_every, self.note = save_every, note or {}
@@ -138,6 +154,7 @@ class Pretrainer:
             self.knn_every = 0
         self.knn_note = knn_note(data) if self.knn_every else ''
 
+        self.step = parallel(method, method.has_idle_weights)
         self.optimizer = make_optimizer(method, config, self.lr)
         self.schedule = Schedule(config, self.lr, len(self.loader))
         self.grad_clip = None
@@ -146,7 +163,7 @@ class Pretrainer:
             self.grad_clip = GradClip(learning, config.grad_clip, config.grad_clip_growth)
         self.batches, self.history = 0, []  # loaded batches done; a row for each epoch done
         self.continued = []  # what was otherwise where a checkpoint was continued
-        self.tracks = Tracks(track, self.out)
+        self.tracks = Tracks(() if rank else track, self.out)
         if state:
             self.load_state_dict(state)
 
@@ -177,15 +194,17 @@ class Pretrainer:
         first = self.batches // n
         last = self.epochs if epochs is None else min(self.epochs, first + epochs)
         with in_training(self) as stop:
+            asked = lambda: agreed(stop[0] if stop else 0)
             self.begin(last)
             for epoch in range(first, last):
                 for views, _ in self.loader.epoch(epoch, start=self.batches % n):
                     self.train_batch(views)
-                    if stop and self.batches % n:
-                        stop_run(self, stop[0])
+                    if (number := asked()) and self.batches % n:
+                        self.settle()
+                        stop_run(self, number)
                 self.end_epoch(epoch + 1)
-                if stop and self.batches < self.total:
-                    stop_run(self, stop[0])
+                if (number := asked()) and self.batches < self.total:
+                    stop_run(self, number)
             return self.finish()
 
     def train_batch(
@@ -200,13 +219,14 @@ class Pretrainer:
         done, phase = self.batches / self.total, self.loader.phase
         phase('sample')
         self.schedule(self.optimizer, self.batches)
-        torch.manual_seed(seed_for(self.seed, 1, self.batches))  # drop-path and the like
+        keys = self.seed, 1, self.batches  # of drop-path and the like, another on every rank
+        seed_ranks(seed_for(*keys), seed_for(*keys, ranks()[0]))
         generator = torch.Generator(self.device).manual_seed(seed_for(self.seed, 2, self.batches))
         self.method.log_features = (self.batches + 1) % len(self.loader) == 0  # an epoch's last
         for keeps in self.method.draw_patches(views, generator):
             phase('forward')
             with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16):
-                loss, log = self.method(views, keeps, done)
+                loss, log = self.step(views, keeps, done)
             phase('backward')
             self.optimizer.zero_grad()
             loss.backward()
@@ -228,6 +248,7 @@ class Pretrainer:
 
     def end_epoch(self, epoch):
         "After an epoch: means, signs of collapse, kNN, checkpoint and curves."
+        self.settle()
         self.check_finite()
         self.timer.tick()
         batch_size = self.train_config.batch_size
@@ -242,7 +263,8 @@ class Pretrainer:
             images_per_s=self.batches * batch_size / max(self.seconds, 1e-9),
             knn=None,
         )
-        if self.knn_every and (epoch % self.knn_every == 0 or epoch == self.epochs):
+        due = self.knn_every and (epoch % self.knn_every == 0 or epoch == self.epochs)
+        if due and ranks()[0] == 0:  # the others wait
             row['knn'] = online_knn(self.encoder, self.data, amp=self.bf16)
         self.timer.start()  # measuring is not training
         self.history.append(row)
@@ -266,8 +288,14 @@ class Pretrainer:
             f'bf16={self.bf16}, and images that are all one colour.'
         )
 
+    def settle(self):
+        "Means and running statistics of all processes; weights and queues are the same already."
+        self.meter.settle()
+        average_running_stats(self.method)
+
     def check_finite(self):
         "`FloatingPointError` where a loss was not finite; the last checkpoint stays."
+        self.meter.settle()
         require_finite_loss(self.meter, len(self.loader), self.out, self.advice())
 
     def finish(self):
@@ -278,6 +306,7 @@ class Pretrainer:
         if self.out and self.history:
             self.curves().savefig(self.out / 'curves.png', dpi=100)
             save_encoder(self.encoder, self.out / 'encoder.safetensors', self.card())
+        wait_for_all()
         return self
 
     @property
@@ -328,6 +357,7 @@ class Pretrainer:
             bf16=self.bf16,
             device=str(self.device),
             threads=torch.get_num_threads() if self.device == 'cpu' else None,
+            processes=ranks()[1],
             data=dict(name=data.name, train=len(data.train), images=self.images),
             augmentations=[asdict(a) for a in self.method.augmentations],
             **provenance(self.device),
@@ -338,7 +368,7 @@ class Pretrainer:
     def identity(self) -> dict:
         "What must agree before a checkpoint is continued."
         decides = ('method', 'encoder', 'data', 'train_config', 'seed', 'lr', 'bf16', 'slots')
-        return as_identity(self.run_config(), (*decides, 'augmentations', 'threads'))
+        return as_identity(self.run_config(), (*decides, 'augmentations', 'threads', 'processes'))
 
     def card(self) -> dict:
         "What the encoder file says of itself."
@@ -376,7 +406,7 @@ class Pretrainer:
         usual = asdict(Augmentation(1))  # some numbers are younger than others
         defaults = dict(train_config=asdict(TrainConfig()), augmentations=usual)
         theirs = state.get('identity', {})
-        free = ['data.name', 'bf16', 'threads']
+        free = ['data.name', 'bf16', 'threads', 'processes']
         if self.epochs > json.loads(theirs.get('train_config', '{}')).get('epochs', math.inf):
             free += ['train_config.epochs', 'train_config.warmup_epochs']
         changed = require_same_run(self.identity(), theirs, defaults, free)

@@ -20,6 +20,7 @@ from ..evaluation.features import extract
 from ..evaluation.knn import knn_predict
 from ..evaluation.metrics import effective_rank, feature_std, patch_similarity
 from ..ground.checks import require_choice
+from ..ground.ranks import agreed, mean_of_ranks, ranks
 from ..ground.text import plain
 from .checkpoint import Stopped
 
@@ -50,6 +51,13 @@ class Meter:
             self.n[k] = self.n.get(k, 0) + 1
         now = torch.where(torch.isfinite(loss.detach()), -1, step)
         self.bad = now if self.bad is None else torch.where(self.bad < 0, now, self.bad)
+
+    def settle(self):
+        "Take the means over all processes, whose steps are the same; the first bad step of all."
+        if ranks()[1] == 1 or not self.sums:
+            return
+        self.sums = {k: mean_of_ranks(v) for k, v in self.sums.items()}
+        self.bad = torch.as_tensor(agreed(self.first_bad()))
 
     def means(self) -> dict:
         return {k: (v / self.n[k]).item() for k, v in self.sums.items()}

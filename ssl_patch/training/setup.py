@@ -69,11 +69,11 @@ def require_device(
 
 
 def require_one_process():
-    """`ValueError` where several processes would train one run, as `torchrun` starts them: each
-    would load the same batches, and all would write one folder."""
+    """`ValueError` where `torchrun` has started several processes for what one does here: each
+    would do the same, and all would write one file. Pretraining is what several can do."""
     group = torch.distributed.is_available() and torch.distributed.is_initialized()
     world = torch.distributed.get_world_size() if group else os.environ.get('WORLD_SIZE', '1')
-    what = '1, as a run is trained by one process here (it sees one device)'
+    what = '1, as only pretraining takes several here'
     require(str(world) == '1', 'the number of processes (torchrun, WORLD_SIZE)', what, world)
 
 # %% ../../nbs/training/04_setup.ipynb #adb0d9e3

@@ -191,6 +191,17 @@ class AugmentParams:
     sigma: Tensor  # with what width, pixels (B,)
     solarize: Tensor  # who is solarized, bool (B,)
 
+    def rows(
+        self,
+        i,  # a slice, or numbers (n,) long
+    ):
+        """What the images `i` of the batch drew.
+
+        Args:
+            i: a slice, or numbers (n,) long
+        """
+        return AugmentParams(*(v[i] for v in vars(self).values()))
+
 
 def draw_params(
     augmentation: Augmentation,  # chances and strengths
@@ -363,6 +374,7 @@ def make_view(
     augmentation: Augmentation,  # what to do to them
     generator: torch.Generator | None = None,  # of the random numbers; best on the CPU
     channels: int = 3,  # bands of the images, C
+    share: tuple = (0, 1),  # (rank r, processes W): `x` is the images r, r+W, ... of a larger batch
 ) -> View:
     """Make one view of every image of a batch. Raises ValueError unless `x` is images of C bands
 
@@ -371,12 +383,14 @@ def make_view(
         augmentation: what to do to them
         generator: of the random numbers; best on the CPU
         channels: bands of the images, C
+        share: (rank r, processes W): `x` is the images r, r+W, ... of a larger batch
     """
     _require_batch(x, channels)
-    drawn = draw_boxes(augmentation, x.shape[-2:], generator, len(x))
-    box, flip, turn = (t if t is None else t.to(x.device, non_blocking=True) for t in drawn)
+    n, own = len(x) * share[1], slice(share[0], None, share[1])
+    drawn = draw_boxes(augmentation, x.shape[-2:], generator, n)
+    box, flip, turn = (t if t is None else t[own].to(x.device, non_blocking=True) for t in drawn)
     y = resized_crop(x, box, augmentation.size, flip, turn=turn)
-    params = draw_params(augmentation, len(x), generator)
+    params = draw_params(augmentation, n, generator).rows(own)
     return View(apply_params_(y, params, augmentation), box, flip, turn)
 
 # %% ../../nbs/views/03_augmentations.ipynb #68aeac2b

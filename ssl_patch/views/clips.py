@@ -223,7 +223,7 @@ class ClipLoader(ViewLoader):
         "A view of the crops of a batch: its colours are changed."
         *parts, span = parts
         view = ClipView(*parts, span=span).to(self.device, non_blocking=True)
-        params = draw_params(augmentation, len(view), generator)
+        params = self.own_params(augmentation, len(view), generator)
         view.x = change_clips(view.x, params, augmentation)
         return view
 

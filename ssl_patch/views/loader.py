@@ -105,6 +105,7 @@ class ViewLoader:
         seed: of the order and of all views
         device: where views are made and handed out
         workers: processes that decode, for stores that stream
+        share: (rank r, processes W): of a batch the images r, r+W, ... alone
     """
 
     # told which part of the work begins; a profile puts its clock here
@@ -118,6 +119,7 @@ class ViewLoader:
         seed: int = 0,  # of the order and of all views
         device: str = 'cpu',  # where views are made and handed out
         workers: int = 0,  # processes that decode, for stores that stream
+        share: tuple = (0, 1),  # (rank r, processes W): of a batch the images r, r+W, ... alone
     ):
         alone = not isinstance(augmentations, (list, tuple))
         self.augmentations = [augmentations] if alone else list(augmentations)
@@ -127,6 +129,7 @@ class ViewLoader:
         require_int(batch_size, 'batch_size', 1, len(store), hint=', the images of the data')
         self.store = store
         self.batch_size = batch_size
+        self.share = share
         self.seed = seed
         self.device = torch.device(device)
         self.workers = workers
@@ -157,6 +160,7 @@ class ViewLoader:
         """
         require_int(start, 'start', 0, len(self), hint=', the batches of an epoch')
         batches = batches_of_epoch(len(self.store), self.batch_size, self.seed, epoch, start)
+        batches = batches[:, self.share[0] :: self.share[1]]
         make = self._from_memory if self.images is not None else self._from_files
         return make(epoch, start, batches)
 
@@ -170,7 +174,8 @@ class ViewLoader:
             self.phase('load')
             x = self.images[indices.to(self.device, non_blocking=True)]
             self.phase('views')
-            yield [make_view(x, a, g, C) for a, g in self._generators(epoch, b)], indices
+            drawn = self._generators(epoch, b)
+            yield [make_view(x, a, g, C, self.share) for a, g in drawn], indices
 
     def _from_files(self, epoch, start, batches):
         made_for, cropped = self._take_workers()
@@ -191,8 +196,13 @@ class ViewLoader:
     def finished(self, parts, augmentation, generator) -> View:
         "A view of the crops of a batch: its colours are changed."
         view = View(*parts).to(self.device, non_blocking=True)
-        apply_params_(view.x, draw_params(augmentation, len(view), generator), augmentation)
+        apply_params_(view.x, self.own_params(augmentation, len(view), generator), augmentation)
         return view
+
+    def own_params(self, augmentation, n, generator):
+        "Colours of the n images that this process has of a batch, drawn for all of it."
+        rank, size = self.share
+        return draw_params(augmentation, n * size, generator).rows(slice(rank, None, size))
 
     def _take_workers(self):
         "Those of the last epoch, if no other epoch has them and they do what is wanted; or new"

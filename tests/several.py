@@ -1,0 +1,109 @@
+"Two steps of every method in float64, as one process or one of several, for test_processes."
+
+import sys
+from dataclasses import replace
+
+import torch
+
+from ssl_patch.data.sources import images
+from ssl_patch.ground.ranks import begin_ranks, gather, ranks
+from ssl_patch.methods.aps import APS
+from ssl_patch.methods.co2 import CO2
+from ssl_patch.methods.contrast import ImageLoss
+from ssl_patch.methods.densecl import DenseCL, DenseCLLoss
+from ssl_patch.methods.local_to_global import LocalToGlobal
+from ssl_patch.methods.method import Method
+from ssl_patch.methods.moco import MoCoV1, MoCoV2, MoCoV3
+from ssl_patch.methods.patch_loss import PatchLosses
+from ssl_patch.methods.repco import RepCo
+from ssl_patch.methods.ressl import ReSSL
+from ssl_patch.methods.sce import SCE, SCELoss
+from ssl_patch.models.encoders import resnet, vit
+from ssl_patch.training.pretrain import Pretrainer
+from ssl_patch.views.augmentations import aug_weak
+
+pixels = torch.randint(256, (32, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
+heads = dict(hidden=16, out=8)
+
+
+class Symmetric(ImageLoss):
+    "A loss whose keys learn too: the mean score of the positives less that of all pairs."
+
+    def __call__(self, q, k, queue=None, offset=0):
+        return (q @ k.T).exp().mean() - (q * k[offset : offset + len(q)]).sum(1).mean()
+
+
+def conv():
+    return resnet('resnet18', 16, width=4, stem='small')
+
+
+def tokens():
+    return vit('tiny', 16, 4, width=16, depth=1, heads=2)
+
+
+def learning_keys():
+    how = dict(loss=Symmetric(), stop_gradient=False)
+    return Method(tokens(), (aug_weak(16), aug_weak(16)), **how)
+
+
+METHODS = dict(
+    moco_v1=lambda: MoCoV1(conv(), queue=40),
+    moco_v2=lambda: MoCoV2(conv(), queue=40),
+    moco_v2_symmetric=lambda: MoCoV2(conv(), queue=40, symmetric=True),
+    moco_v3=lambda: MoCoV3(tokens(), **heads),
+    ressl=lambda: ReSSL(conv(), queue=40),
+    ressl_batch=lambda: ReSSL(tokens(), queue=None),
+    co2=lambda: CO2(conv(), queue=40),
+    sce=lambda: SCE(conv(), queue=40),
+    sce_both=lambda: SCE(tokens(), queue=40, loss=SCELoss(in_batch=True)),
+    # not a ViT, whose positions timm fits to small views in float32
+    sce_multi_crop=lambda: SCE(conv(), queue=40, multi_crop=True, **heads),
+    densecl=lambda: DenseCL(conv(), queue=40),
+    densecl_batch=lambda: DenseCL(tokens(), queue=40, patch_loss=PatchLosses(DenseCLLoss())),
+    repco=lambda: RepCo(tokens(), queue=40),
+    repco_moco_v3=lambda: RepCo(tokens(), host='moco_v3', negatives_per_image=5, **heads),
+    repco_densecl=lambda: RepCo(tokens(), host='densecl', queue=40),
+    aps=lambda: APS(tokens(), **heads),
+    aps_ema=lambda: APS(tokens(), momentum=0.9, **heads),
+    local_to_global=lambda: LocalToGlobal(tokens(), image_weight=0.5, num_patches=5, **heads),
+    learning_keys=learning_keys,
+)
+
+
+def two_steps(name):
+    "Losses, gradients of the last step, the whole state, and what is noted of the epoch."
+    torch.manual_seed(0)
+    method = METHODS[name]().double()
+    # blurred pieces are cut by the batch, which float32 shows in its last digit
+    method.augmentations = tuple(replace(a, blur_p=0.0) for a in method.augmentations)
+    how = dict(epochs=1, batch_size=16, progress='quiet', bf16=False, device='cpu')
+    run = Pretrainer(method, images(pixels), **how)
+    batches, add, losses = run.loader.epoch, run.meter.add, []
+
+    def epoch(number, start=0):
+        for views, rows in batches(number, start):
+            for v in views:
+                v.x = v.x.double()
+            yield views, rows
+
+    def note(batch, loss, **log):
+        losses.append(gather(loss.detach()[None]).mean())
+        add(batch, loss, **log)
+
+    run.loader.epoch, run.meter.add = epoch, note
+    run.fit()
+    parameters, state = run.method.named_parameters(), run.method.state_dict()
+    return dict(
+        loss=torch.stack(losses),
+        grad={k: p.grad for k, p in parameters if p.grad is not None},
+        state={k: v for k, v in state.items() if torch.is_tensor(v)},
+        next=[q.next for q in run.method.queues()],
+        row=run.history[0],
+    )
+
+
+if __name__ == '__main__':
+    torch.set_num_threads(1)
+    begin_ranks()
+    out, *names = sys.argv[1:]
+    torch.save({n: two_steps(n) for n in names or METHODS}, f'{out}.{ranks()[0]}')

@@ -2,23 +2,28 @@
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import weakref
 from pathlib import Path
 
 import fastprogress.fastprogress
 import IPython.display
 import pytest
 import torch
+from PIL import Image
 
 from steps import StopAt
 
+from ssl_patch.data.sources import images
 from ssl_patch.ground import files
+from ssl_patch.methods.aps import APS
 from ssl_patch.models.heads import mlp
-from ssl_patch.models.encoders import resnet
+from ssl_patch.models.encoders import resnet, vit
 from ssl_patch.methods.compose import build_method
 from ssl_patch.models.momentum import Queue
 from ssl_patch.training import checkpoint
@@ -685,3 +690,24 @@ def test_a_bar_goes_from_the_notebook_when_a_run_ends(pretrainer, monkeypatch, e
         with pytest.raises(ZeroDivisionError):
             run.fit()
     assert len(shown) == 2 and not any('value=' in html for html in shown.values())
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_finished_run_can_be_forgotten(tmp_path, workers):
+    "Nothing holds a run that nobody needs any more: not its weights, nor the files of its workers."
+    place = tmp_path / 'data'
+    place.mkdir()
+    x = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
+    for i, one in enumerate(x):
+        Image.fromarray(one.permute(1, 2, 0).numpy()).save(place / f'{i}.png')
+    left = []
+    for n in range(3):
+        data = images(str(place), size=16, stream=True)
+        net = vit('tiny', size=16, patch=4, width=16, depth=1, heads=1)
+        how = dict(epochs=1, batch_size=32, lr=1e-3, workers=workers, progress='quiet')
+        run = Pretrainer(APS(net), data, out=tmp_path / 'runs' / str(n), **how).fit()
+        kept = weakref.ref(run)
+        del run, data, net
+        assert kept() is None
+        left.append(len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else 0)
+    assert left[2] <= left[0] + 2

@@ -304,7 +304,7 @@ class Pretrainer:
         self.tracks.close()
         self.loader.close()
         if self.out and self.history:
-            self.curves().savefig(self.out / 'curves.png', dpi=100)
+            self.folder.write_curves(self.curves())
             save_encoder(self.encoder, self.out / 'encoder.safetensors', self.card())
         wait_for_all()
         return self

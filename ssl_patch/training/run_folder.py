@@ -7,6 +7,7 @@ __all__ = ['as_json', 'read_checkpoint', 'RunFolder', 'open_run_folder', 'open_r
 
 # %% ../../nbs/training/07_run_folder.ipynb #f2000003
 import csv
+import gc
 import io
 import json
 import os
@@ -156,6 +157,21 @@ class RunFolder:
             table.writeheader()
             table.writerows(history)
             atomic_write(self.path / 'metrics.csv', text.getvalue().encode())
+
+    def write_curves(
+        self,
+        figure,  # of matplotlib
+    ):
+        """Replace curves.png.
+
+        Args:
+            figure: of matplotlib
+        """
+        kept = io.BytesIO()
+        figure.savefig(kept, format='png', dpi=100)
+        atomic_write(self.path / 'curves.png', kept.getvalue())
+        # drawing leaves a ring of frames that holds the run, and so its workers' memory and files
+        gc.collect()
 
     def load(
         self,

@@ -319,7 +319,7 @@ class TaskTuner:
     def finish(self):
         "After the last batch: the curves are written. Returns the run."
         if self.out and self.history:
-            self.curves().savefig(self.out / 'curves.png', dpi=100)
+            self.folder.write_curves(self.curves())
         return self
 
     @property

@@ -10,12 +10,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from .data.boxes import show_boxes
 from .data.collages import collages
-from .data.depths import open_depths
+from .data.depths import folder_depths, open_depths
 from .data.clips import show_strips
 from .data.detection_sets import detection_data
 from .data.images import show_images
-from .data.masks import open_masks
+from .data.masks import folder_masks, open_masks
 from .data.photographs import photo, photo_names
 from .data.sources import images
 from .data.video_sources import moving_collages, videos
@@ -60,9 +61,10 @@ from .reports.runs import load_runs
 from .training.pretrain import Pretrainer
 from .transfer.depth import Depth, monocular_depth
 from .transfer.detection import detection
+from .transfer.detection_task import Detection
 from .transfer.few_labels import finetune, semi_supervised
 from .transfer.video import video_finetune, video_linear
-from .transfer.video_retrieval import video_retrieval
+from .transfer.video_retrieval import show_retrieved, video_retrieval
 from .transfer.segmentation import Segmentation, segmentation
 from .transfer.task import TaskTuner
 from .transfer.task_config import TaskConfig

@@ -9,8 +9,12 @@ import pytest
 import torch
 
 from ssl_patch.data.clips import Clips, VideoFiles
+from ssl_patch.data.images import show_images
+from ssl_patch.data.sources import images
 from ssl_patch.data.video_files import VideoError, VideoFile, pick_frames, read_clip, write_video
 from ssl_patch.data.video_sources import videos
+from ssl_patch.evaluation.features import RawPixels
+from ssl_patch.evaluation.figures import show_neighbours
 from ssl_patch.views.augmentations import aug_weak
 from ssl_patch.views.clips import ClipLoader, aug_clip_a, aug_clip_b
 
@@ -158,6 +162,42 @@ def test_a_test_video_in_train_is_found(tmp_path):
         True,
     ]
     assert len(data.without_copies().train) == 1
+
+
+def test_what_is_no_file_is_told_and_left_out(folder):
+    "A link to nowhere does not stop a run whose videos are hashed first."
+    os.symlink('/nowhere.mp4', folder / 'a' / 'lost.mp4')
+    with pytest.warns(UserWarning, match='no file: 1 .a/lost.mp4'):
+        store = videos(folder).train
+    assert 'a/lost.mp4' not in store.names and len(store.fingerprints()) == len(store) == 7
+
+
+def test_wrong_words_for_videos(folder):
+    with pytest.raises(FileNotFoundError, match='lists of UCF101.*no classInd.txt'):
+        videos(folder, layout='ucf101')
+    with pytest.raises(FileNotFoundError, match='lists of Kinetics.*no train.csv'):
+        videos(folder, layout='kinetics')
+    with pytest.raises(FileNotFoundError, match='no folder .*nowhere.*a list of paths, a tensor'):
+        videos('nowhere')
+    with pytest.raises(ValueError, match='is no folder, but a file; videos are a folder'):
+        videos(folder / 'a/good.avi')
+    with pytest.raises(ValueError, match='^frames must be a whole number at least 1, got 0'):
+        videos(folder, frames=0)
+    x = torch.zeros(4, 6, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match='labels must be 4, one for each video'):
+        videos((x, [0, 1]))
+    with pytest.raises(FileNotFoundError, match='.avi: 7 .*videos.folder. reads videos'):
+        images(folder)
+
+
+def test_a_picture_of_a_clip_is_its_middle_frame():
+    x = torch.zeros(6, 5, 3, 8, 8, dtype=torch.uint8)
+    x[:, 2] = 255
+    data = videos((x, [0, 0, 0, 1, 1, 1]), frames=5, seconds=None, test_fraction=0.34)
+    assert (data.train.name, data.test.name) == ('videos', 'videos test')
+    for fig in (show_images(data.train), show_neighbours(RawPixels(8), data, queries=1, k=2)):
+        shown = [im.get_array() for ax in fig.axes for im in ax.get_images()]
+        assert len(shown) >= 3 and all(a.min() == a.max() > 0 for a in shown)
 
 
 @pytest.mark.parametrize('size', [None, 24])

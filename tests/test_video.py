@@ -305,5 +305,8 @@ def test_pretrain_and_probe_from_a_shell(folder, tmp_path, capsys):
     assert found['video retrieval'].settings['clip_seconds'] == 0.3
     assert {'frame differences', 'one frame'} <= set(found['video retrieval'].baselines)
     assert shell(f'{words} --resume') == 0
+    assert shell(f'show {out} --images 2') == 0
+    drawn = {f.stem for f in out.glob('*.png')}
+    assert drawn >= {'views_0', 'views_1', 'neighbours', 'retrieved', 'representation'}
     assert shell(f'probe {out} --protocols video_retrieval --settings video_retrieval.foo=1') == 2
     assert 'foo' in capsys.readouterr().err

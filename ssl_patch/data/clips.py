@@ -171,7 +171,9 @@ class Clips(Images):
         difference: bool = False,  # every clip is handed out as its temporal difference
     ):
         super().__init__(labels, classes, name, skipped, videos)
-        check_clip(0, seconds, frames, size)
+        fit = labels is None or len(self.labels) == len(videos)
+        require(fit, 'labels', f'{len(videos)}, one for each video', labels)
+        check_clip(0, seconds, frames, size, 'frames')
         require(difference in (True, False), 'difference', 'True or False', difference)
         self.frames, self.seconds, self.size = frames, seconds, size
         self.difference = difference
@@ -208,7 +210,7 @@ class Clips(Images):
         new = copy.copy(self)
         require_known(changes, 'with_clips', ('frames', 'seconds', 'size', 'difference'))
         vars(new).update(changes)
-        check_clip(0, new.seconds, new.frames, new.size)
+        check_clip(0, new.seconds, new.frames, new.size, 'frames')
         return new
 
     def content(self) -> str:

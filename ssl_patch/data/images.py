@@ -89,8 +89,7 @@ class Images:
         encoded: the files that the images are from: ByteFiles, BytePack or None
     """
 
-    kind = 'images'  # in words
-    bands, value_range = None, None  # that were asked for, or found, when files were decoded
+    kind, bands, value_range = 'images', None, None  # in words; as files were decoded
 
     def __init__(
         self,
@@ -349,6 +348,7 @@ def show_images(
         if i >= len(images):
             continue
         x = torch.as_tensor(images[i]).cpu()
+        x = x if x.ndim == 3 else x[:, x.shape[1] // 2]  # of a clip the middle frame
         x = x[:3] if len(x) > 2 else x[:1].expand(3, -1, -1)  # of many bands the first three
         ax.imshow(x.permute(1, 2, 0).numpy())
         word = '' if titles is None else in_picture(titles[i])
@@ -379,8 +379,8 @@ def pixel_stats(
         chunks, n = store.images.split(1024), len(store)
     else:
         order = torch.randperm(len(store), generator=torch.Generator().manual_seed(0))
-        most = max(1, sample // getattr(store, 'frames', 1))  # of clips, as many frames
-        few = store.subset(order[:most].sort().values)
+        most = sample // getattr(store, 'frames', 1)  # of clips, as many frames
+        few = store.subset(order[: max(1, most)].sort().values)
         chunks, n = (few[i][None] for i in range(len(few))), len(few)
     channels = range(store.channels)
     p = torch.zeros(len(channels), 256, dtype=torch.float64)

@@ -361,6 +361,7 @@ def images(
         _no_test_yet(name, found is not None, None, test_fraction)
         parts = split_by_class(train.labels, len(train), test_fraction, seed)
         train, found = (train.subset(i) for i in parts)
+        found.name = f'{name} test'
     return ImageData(train, found, name, _note(train, source))
 
 

@@ -97,11 +97,11 @@ class VideoError(RuntimeError):
     "A video of which nothing can be read, and why."
 
 
-def check_clip(start, seconds, num_frames, size):
+def check_clip(start, seconds, num_frames, size, called='num_frames'):
     "`ValueError` for arguments that no clip can have."
     require_number(start, 'start', least=0)
     require_number(seconds, 'seconds', above=0, optional=True)
-    require_int(num_frames, 'num_frames', least=1)
+    require_int(num_frames, called, least=1)
     require_int(size, 'size', least=1, optional=True, hint=', the short side in pixels')
 
 # %% ../../nbs/data/25_video_files.ipynb #ea04d955

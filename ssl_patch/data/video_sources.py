@@ -56,7 +56,9 @@ def list_videos(
             ending = os.path.splitext(name)[1].lower()
             if name[0] == '.':
                 continue
-            if ending in VIDEOS:
+            if not os.path.isfile(os.path.join(top, name)):  # a link to nowhere, a pipe
+                left['no file'].append(inside(os.path.join(top, name)))
+            elif ending in VIDEOS:
                 files.append(inside(os.path.join(top, name)))
             else:
                 left[ending or 'no ending'].append(inside(os.path.join(top, name)))
@@ -90,7 +92,12 @@ def read_ucf101(
         [(path or name, class)] of train and of test
     """
     parts = []
-    lists = next(folder.rglob('classInd.txt')).parent
+    found = next(folder.rglob('classInd.txt'), None)
+    if found is None:
+        raise FileNotFoundError(
+            f'the lists of UCF101 are not below {str(folder)!r}: no classInd.txt'
+        )
+    lists = found.parent
     for part in ('train', 'test'):
         file = lists / f'{part}list{split:02d}.txt'
         if not file.is_file():
@@ -151,6 +158,10 @@ def read_kinetics(
     parts = []
     for names in (('train',), ('val', 'validate', 'validation', 'test')):
         files = [f for n in names for f in sorted(folder.rglob(f'*{n}*.csv'))]
+        if not files and names == ('train',):
+            raise FileNotFoundError(
+                f'the lists of Kinetics are not below {str(folder)!r}: no train.csv'
+            )
         rows = list(csv.DictReader(_text(files[0]).splitlines())) if files else []
         parts.append([_clip_of(r, f'{files[0]}, line {n}') for n, r in enumerate(rows, 2)])
     return tuple(parts)
@@ -319,6 +330,7 @@ def videos(
         require(len(parts) == 1, 'test_fraction', there, test_fraction)
         both = split_by_class(parts[0].labels, len(parts[0]), test_fraction, seed)
         parts = [parts[0].subset(i) for i in both]
+        parts[1].name = f'{name} test'
     note = 'no labels'
     if parts[0].labels is not None:
         names = parts[0].classes

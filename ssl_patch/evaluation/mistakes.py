@@ -108,7 +108,7 @@ def labelled_banks(
 def confusions(
     encoders: dict,  # name -> encoder
     data,  # `ImageData` with labels and a test split
-    k: int,  # neighbours that vote
+    k: int | None,  # neighbours that vote; None: 20, or all of a smaller bank
     T: float,  # temperature of the votes
     layer: str = 'image',  # 'image' or 'patch_mean'
     overlap: str = 'refuse',  # copies of test in train: 'refuse', 'drop' or 'keep'
@@ -119,13 +119,14 @@ def confusions(
     Args:
         encoders: name -> encoder
         data: `ImageData` with labels and a test split
-        k: neighbours that vote
+        k: neighbours that vote; None: 20, or all of a smaller bank
         T: temperature of the votes
         layer: 'image' or 'patch_mean'
         overlap: copies of test in train: 'refuse', 'drop' or 'keep'
         **extract_args: batch_size, device, workers, size, amp: as in `extract`
     """
-    (train, test, y, v, *_), C, leak = labelled_banks(encoders, data, layer, overlap, k)
+    (train, test, y, v, *_), C, leak = labelled_banks(encoders, data, layer, overlap, k or 1)
+    k = k or min(20, len(train))
     found = {}
     for name, e in encoders.items():
         x, u = cached_features(data, e, [train, test], **extract_settings(e, layer, extract_args))
@@ -218,7 +219,7 @@ def _in_words(worst):
 def show_confusion(
     encoders,  # an encoder, or a dict name -> encoder
     data,  # `ImageData` with labels and a test split
-    k: int = 20,  # neighbours that vote
+    k: int | None = None,  # neighbours that vote; None: 20, or all of a smaller bank
     T: float = 0.07,  # temperature of the votes
     layer: str = 'image',  # 'image' or 'patch_mean'
     overlap: str = 'refuse',  # copies of test in train: 'refuse', 'drop', 'keep', as in `knn`
@@ -229,13 +230,13 @@ def show_confusion(
     Args:
         encoders: an encoder, or a dict name -> encoder
         data: `ImageData` with labels and a test split
-        k: neighbours that vote
+        k: neighbours that vote; None: 20, or all of a smaller bank
         T: temperature of the votes
         layer: 'image' or 'patch_mean'
         overlap: copies of test in train: 'refuse', 'drop', 'keep', as in `knn`
         **extract_args: batch_size, device, workers, size, amp: as in `extract`
     """
-    require_int(k, 'k', least=1)
+    require_int(k, 'k', least=1, optional=True)
     require_number(T, 'T', above=0)
     encoders = named_encoders(encoders, extract_args.get('size'))
     found, in_train, chance, note = confusions(encoders, data, k, T, layer, overlap, **extract_args)

@@ -21,14 +21,16 @@ def _why_unlabelled(data):
         labelled_splits(data, 'image')
     except ValueError as e:
         _, _, fault = str(e).partition(f'{data.name!r}: ')  # what is wrong with it
-        return fault or str(e)
+        return fault.partition(' (')[0] or str(e)  # what mends it is in the message
     return ''
 
 
 def _summary(name, encoder, data, rank, **how):
     "Numbers that need no labels, below the name."
-    a, u = alignment_uniformity(encoder, data, **how)
-    numbers = f'effective rank {rank:.1f} · alignment {a:.2f} · uniformity {u:.2f}'
+    numbers = f'effective rank {rank:.1f}'
+    if data.train.kind == 'images':
+        a, u = alignment_uniformity(encoder, data, **how)
+        numbers += f' · alignment {a:.2f} · uniformity {u:.2f}'
     return f'{name} ({architecture(encoder)})\n{numbers}'
 
 # %% ../../nbs/evaluation/18_sheet.ipynb #a0da32a9
@@ -36,7 +38,8 @@ def show_representation(
     encoder,  # an encoder, or a dict name -> encoder with one; frozen meanwhile, left as it was
     data,  # `ImageData`, best with labels and a test split
     name: str | None = None,  # what to call the encoder; None: its tower, or 'encoder'
-    k: int = 20,  # neighbours that vote, in the confusion matrix
+    k: int
+    | None = None,  # neighbours that vote, in the confusion matrix; None: 20, or all of fewer
     T: float = 0.07,  # temperature of the votes
     n: int = 1000,  # images of the map, the spectrum, alignment and uniformity
     layer: str = 'image',  # 'image' or 'patch_mean'
@@ -51,7 +54,7 @@ def show_representation(
         encoder: an encoder, or a dict name -> encoder with one; frozen meanwhile, left as it was
         data: `ImageData`, best with labels and a test split
         name: what to call the encoder; None: its tower, or 'encoder'
-        k: neighbours that vote, in the confusion matrix
+        k: neighbours that vote, in the confusion matrix; None: 20, or all of fewer
         T: temperature of the votes
         n: images of the map, the spectrum, alignment and uniformity
         layer: 'image' or 'patch_mean'
@@ -60,7 +63,7 @@ def show_representation(
         overlap: copies of test in train: 'refuse', 'drop', 'keep', as in `knn`
         **extract_args: batch_size, device, workers, size, amp: as in `extract`
     """
-    require_int(k, 'k', least=1)
+    require_int(k, 'k', least=1, optional=True)
     require_number(T, 'T', above=0)
     require_int(n, 'n', least=1)
     name, encoder = _one_encoder(encoder, name)

@@ -43,17 +43,18 @@ def picture_format(
 
 # %% ../../nbs/ground/01_plots.ipynb #df0da2fc
 def as_picture(
-    x: Tensor,  # (C,H,W) uint8, or float in [0,1]; of other than three bands the first, or three
+    x: Tensor,  # (C,H,W) uint8, or float in [0,1]; a clip (C,F,H,W); of many bands the first three
 ) -> Tensor:  # (H,W,3) float in [0,1], on the CPU
     """An image as matplotlib likes it.
 
     Args:
-        x: (C,H,W) uint8, or float in [0,1]; of other than three bands the first, or three
+        x: (C,H,W) uint8, or float in [0,1]; a clip (C,F,H,W); of many bands the first three
 
     Returns:
         (H,W,3) float in [0,1], on the CPU
     """
     x = x.detach().cpu()
+    x = x[:, x.shape[1] // 2] if x.ndim == 4 else x  # of a clip the middle frame
     x = x[:3] if len(x) > 2 else x[:1].expand(3, -1, -1)
     return (x / 255 if x.dtype == torch.uint8 else x.float().clamp(0, 1)).permute(1, 2, 0)
 

@@ -30,6 +30,7 @@ config = ConfigParser(delimiters=['='])
 config.read(ROOT / 'settings.ini', encoding='utf-8')
 CFG = config['DEFAULT']
 SOURCE = f'{CFG["git_url"]}/blob/{CFG["branch"]}'
+APART = dict(tutorials='Tutorials', results='Experiments')  # folders that are no reference
 LINK = re.compile(r'\]\(((?!https?:|mailto:|#)[^)\s#]+)(#[^)\s]*)?\)')
 FENCED = re.compile(r'^(`{3,}).*?^\1`*$', re.M | re.S)
 
@@ -276,11 +277,12 @@ def sides():
     floors = {head[1]: rest[0].strip('*') for head, rest in bold if head}
     pages = [n for n in rooms_of('.') if n not in seen and n not in ('index', 'reference')]
     front = [toctree(names, capital(what)) for what, names in path]
-    front.append(toctree(rooms_of('results'), 'Experiments'))
+    for folder, caption in APART.items():
+        front += [toctree(rooms, caption)] if (rooms := rooms_of(folder)) else []
     front.append(toctree(['reference', *pages, 'All names <genindex>'], 'Reference'))
     front.append(toctree(['CONTRIBUTING', 'CHANGELOG'], 'The project'))
     texts = {}
-    for folder in [f for f in floors if f not in ('pages', 'results')]:
+    for folder in [f for f in floors if f not in ('pages', *APART)]:
         rooms = rooms_of(folder)
         heads = [(n, *head_of(n)) for n in rooms]
         table = ['| | |', '|---|---|', *(f'| [{t}](/{n}.md) | {line} |' for n, t, line in heads)]

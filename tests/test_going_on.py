@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,14 @@ from PIL import Image
 from steps import StopAt
 
 from ssl_patch.cli import main
+from ssl_patch.data.sources import images
 from ssl_patch.evaluation.records import Record, load_records
+from ssl_patch.methods.aps import APS
 from ssl_patch.models.encoders import resnet, vit
 from ssl_patch.models.files import load_encoder, open_encoder, save_encoder
 from ssl_patch.reports.runs import load_run, load_runs
 from ssl_patch.training import pretrain, progress
+from ssl_patch.training.pretrain import Pretrainer
 from ssl_patch.training.progress import plot_curves
 from ssl_patch.transfer.few_labels import finetune
 from ssl_patch.transfer.finetune import FineTuner
@@ -309,3 +313,29 @@ def test_version_and_module():
     say = lambda *w: subprocess.run([sys.executable, '-m', 'ssl_patch', *w], capture_output=True)
     found = say('--version')
     assert found.returncode == 0 and found.stdout.decode().strip()[-1].isdigit()
+
+
+def test_checkpoints_that_stay(tmp_path):
+    "Each is what a run of so many epochs ends with, opens as an encoder, and can be gone on from."
+    x = torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8)
+
+    def run(folder, epochs, **more):
+        torch.manual_seed(0)
+        net = vit('tiny', size=16, patch=4, width=16, depth=1, heads=1)
+        how = dict(batch_size=16, lr=1e-3, progress='quiet')
+        return Pretrainer(APS(net), images(x), epochs, out=folder, **how, **more).fit()
+
+    whole = run(tmp_path / 'a', 5, keep_every=2, save_every=3)
+    kept = sorted(p.name for p in (tmp_path / 'a').glob('checkpoint.epoch*'))
+    assert kept == ['checkpoint.epoch0002.pt', 'checkpoint.epoch0004.pt']
+    half = open_encoder(tmp_path / 'a' / kept[0])
+    assert half(x[:2] / 255).image.shape == (2, half.dim)
+    (tmp_path / 'b').mkdir()
+    for name in ('config.json', 'metrics.csv'):
+        shutil.copy(tmp_path / 'a' / name, tmp_path / 'b' / name)
+    shutil.copy(tmp_path / 'a' / kept[0], tmp_path / 'b' / 'checkpoint.pt')
+    again = run(tmp_path / 'b', 5, resume=True)
+    for a, b in zip(whole.encoder.parameters(), again.encoder.parameters()):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match='keep_every'):
+        run(tmp_path / 'c', 1, keep_every=-1)

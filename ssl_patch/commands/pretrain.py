@@ -37,7 +37,7 @@ MethodName = Annotated[
 
 
 SET_BY_COMMAND = ('method', 'data', 'epochs', 'batch_size', 'lr', 'seed', 'device', 'bf16')
-SET_BY_COMMAND += ('workers', 'knn_every', 'overlap')
+SET_BY_COMMAND += ('workers', 'knn_every', 'keep_every', 'overlap')
 
 
 @dataclass
@@ -135,6 +135,9 @@ class Setup:
     knn_every: int | None = None
     'epochs between kNN measurements, 0: never; by default ten times a run'
 
+    keep_every: int = 0
+    'epochs between checkpoints that stay as checkpoint.epochNNNN.pt; 0: the last alone'
+
     def build_encoder(self, variant):  # of a ViT of ours, where --variant says nothing
         "The encoder that these options describe."
         ours = self.encoder.startswith('vit_')
@@ -200,6 +203,7 @@ class Setup:
             bf16=self.bf16,
             workers=self.workers,
             knn_every=self.knn_every,
+            keep_every=self.keep_every,
             overlap=self.overlap,
             **more,
             **parse_options(self.train_config, taken=[*SET_BY_COMMAND, *more]),

@@ -43,14 +43,14 @@ from ssl_patch.training.checkpoint import (
     stop_run,
 )
 from .run_folder import open_run
-from .optim import GradClip, Schedule, make_optimizer
+from .optim import Schedule, make_grad_clip, make_optimizer
 from ssl_patch.training.progress import (
     Meter,
     Progress,
     Timer,
     calm_stop,
     collapse_stats,
-    detect_collapse,
+    new_collapse,
     knn_note,
     online_knn,
     plot_curves,
@@ -88,6 +88,7 @@ class Pretrainer:
         workers: processes that decode images, for stores that stream
         knn_every: epochs between kNN; 0: never; None: ten times a run
         save_every: epochs between checkpoints
+        keep_every: epochs between checkpoints that stay beside the last; 0: none
         progress: 'notebook', 'terminal', 'lines', 'quiet'; None: found out
         overlap: test images in train: 'refuse', 'drop' from train, or 'keep'
         note: anything more for config.json
@@ -112,6 +113,7 @@ class Pretrainer:
         workers: int = 2,  # processes that decode images, for stores that stream
         knn_every: int | None = None,  # epochs between kNN; 0: never; None: ten times a run
         save_every: int = 1,  # epochs between checkpoints
+        keep_every: int = 0,  # epochs between checkpoints that stay beside the last; 0: none
         progress: str | None = None,  # 'notebook', 'terminal', 'lines', 'quiet'; None: found out
         overlap: str = 'refuse',  # test images in train: 'refuse', 'drop' from train, or 'keep'
         note: dict | None = None,  # anything more for config.json
@@ -132,6 +134,7 @@ class Pretrainer:
         require_number(self.lr, 'lr', above=0)
         require_int(workers, 'workers', least=0)
         require_int(save_every, 'save_every', least=1)
+        require_int(keep_every, 'keep_every', least=0)
         require_choice(bf16, 'bf16', (None, True, False))
         require_int(knn_every, 'knn_every', least=0, optional=True)
         method.set_data_size(len(data.train), config.batch_size)
@@ -148,7 +151,7 @@ class Pretrainer:
         share_batch_norm(method, self.device)
         self.method, self.data, self.images = method, data, data.train.content()
         self.train_config, self.epochs, self.seed = config, config.epochs, seed
-        self.save_every, self.note = save_every, note or {}
+        self.save_every, self.keep_every, self.note = save_every, keep_every, note or {}
         self.knn_every = math.ceil(self.epochs / 10) if knn_every is None else knn_every
         if data.test is None or data.test.labels is None or data.train.labels is None:
             self.knn_every = 0
@@ -157,10 +160,7 @@ class Pretrainer:
         self.step = parallel(method, method.has_idle_weights)
         self.optimizer = make_optimizer(method, config, self.lr)
         self.schedule = Schedule(config, self.lr, len(self.loader))
-        self.grad_clip = None
-        if config.grad_clip or config.grad_clip_growth:
-            learning = (p for p in method.parameters() if p.requires_grad)
-            self.grad_clip = GradClip(learning, config.grad_clip, config.grad_clip_growth)
+        self.grad_clip = make_grad_clip(method, config)
         self.batches, self.history = 0, []  # loaded batches done; a row for each epoch done
         self.continued = []  # what was otherwise where a checkpoint was continued
         self.tracks = Tracks(() if rank else track, self.out)
@@ -269,11 +269,13 @@ class Pretrainer:
         self.timer.start()  # measuring is not training
         self.history.append(row)
         self.meter = Meter()
-        kind = lambda row: (detect_collapse(row) or '').split('(')[0]
-        if kind(row) not in ('', *map(kind, self.history[-2:-1])):  # each is named when it begins
-            self.progress.say(f'epoch {epoch}: {detect_collapse(row)}')
-        if self.folder and (epoch % self.save_every == 0 or epoch == self.epochs):
+        if sign := new_collapse(self.history):
+            self.progress.say(f'epoch {epoch}: {sign}')
+        keep = self.keep_every and epoch % self.keep_every == 0
+        if self.folder and (keep or epoch % self.save_every == 0 or epoch == self.epochs):
             self.save()
+            if keep:
+                self.folder.keep(epoch)
         self.tracks.write(self.history, self.run_config)
         knn = '' if row['knn'] is None else f'  kNN {row["knn"]:.3f}{self.knn_note}'
         text = f'epoch {epoch}/{self.epochs}  loss {row["loss"]:.3f}{knn}'
@@ -332,9 +334,8 @@ class Pretrainer:
     def __repr__(self):
         last = self.history[-1] if self.history else {}
         parts = [f'batch {self.batches} of {self.total}']
-        for key, name in (('loss', 'loss'), ('knn', 'kNN')):
-            if last.get(key) is not None:
-                parts.append(f'{name} {last[key]:.3f}')
+        named = dict(loss='loss', knn='kNN')
+        parts += [f'{v} {last[k]:.3f}' for k, v in named.items() if last.get(k) is not None]
         return f'{self.method.name} on {plain(self.data.name)}: ' + ', '.join(parts)
 
     _repr_markdown_ = repr_markdown

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KNN_BANK', 'KNN_QUERIES', 'Meter', 'require_finite_loss', 'require_finite_weights', 'Timer', 'collapse_stats',
-           'detect_collapse', 'online_knn', 'knn_note', 'plot_curves', 'progress_mode', 'calm_stop', 'Progress']
+           'detect_collapse', 'new_collapse', 'online_knn', 'knn_note', 'plot_curves', 'progress_mode', 'calm_stop',
+           'Progress']
 
 # %% ../../nbs/training/03_progress.ipynb #dc5c6a38
 import math
@@ -205,6 +206,19 @@ def detect_collapse(
             f'may still be good; for detection or segmentation, {remedy}'
         )
     return None
+
+
+def new_collapse(
+    history: list,  # a row of metrics for each epoch
+) -> str:
+    """A sign of collapse that begins in the last epoch; empty where none does.
+
+    Args:
+        history: a row of metrics for each epoch
+    """
+    said = [detect_collapse(row) or '' for row in history[-2:]]
+    kinds = [words.split('(')[0] for words in said]
+    return said[-1] if kinds[-1] not in kinds[:-1] else ''
 
 # %% ../../nbs/training/03_progress.ipynb #cba6fb14
 KNN_BANK, KNN_QUERIES = 2000, 500  # images of a measurement along the way, at most

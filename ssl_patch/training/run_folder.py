@@ -130,16 +130,33 @@ class RunFolder:
         data = io.BytesIO()
         torch.save(state, data)
         if self.newest.is_file():
-            aside = self.path / 'checkpoint.older.pt'
-            aside.unlink(missing_ok=True)
-            try:
-                os.link(self.newest, aside)  # so that there is a checkpoint.pt at every moment
-            except OSError:  # a file system without links
-                shutil.copyfile(self.newest, aside)
-            os.replace(aside, self.previous)
+            self._stand_beside(self.previous)  # so that there is a checkpoint.pt at every moment
         atomic_write(self.newest, data.getvalue())
         self.write_metrics(history)
         self.seen = self._dates()
+
+    def _stand_beside(self, path):
+        "What checkpoint.pt holds now, under another name too."
+        aside = self.path / 'checkpoint.older.pt'
+        aside.unlink(missing_ok=True)
+        try:
+            os.link(self.newest, aside)
+        except OSError:  # a file system without links
+            shutil.copyfile(self.newest, aside)
+        os.replace(aside, path)
+
+    def keep(
+        self,
+        epoch: int,  # that has ended
+    ) -> Path:
+        """Keep the newest checkpoint as checkpoint.epochNNNN.pt, whatever comes later.
+
+        Args:
+            epoch: that has ended
+        """
+        path = self.path / f'checkpoint.epoch{epoch:04d}.pt'
+        self._stand_beside(path)
+        return path
 
     def write_metrics(
         self,

@@ -67,7 +67,8 @@ def test_several_processes_are_one(number, names, one, tmp_path):
         assert apart(whole['state'], zero['state']) < 1e-8, name
         assert whole['next'] == zero['next'], name
         for k in ('loss', 'pos_sim', 'neg_sim', 'key_std', 'entropy', 'feature_std', 'rank'):
-            assert zero['row'][k] == pytest.approx(whole['row'][k], rel=1e-5, abs=1e-6), (name, k)
+            x, y = zero['row'][k], whole['row'][k]  # None: not measured
+            assert x == (y and pytest.approx(y, rel=1e-5, abs=1e-6)), (name, k)
         for other in others:
             assert apart(zero['state'], other['state']) == 0, name
             assert apart(zero['grad'], other['grad']) == 0, name

@@ -4,6 +4,7 @@
 #     bash scripts/check_package.sh 3.10 3.13        # what `uv python list` knows, or paths of interpreters
 set -euo pipefail
 cd "$(dirname "$0")/.."
+[ $# -gt 0 ] || set -- 3.10 3.13
 uv=${UV:-uv}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -7,7 +7,7 @@ export MPLBACKEND ?= agg
 # Threads that wait let others have the core: on a busy machine work slows in proportion, not by more.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test bench lab docs docs-serve prepare notebooks encoders clean
+.PHONY: help demo test bench lab docs docs-serve prepare notebooks encoders audit clean
 help:            ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/ -/'
 
@@ -44,6 +44,9 @@ notebooks: $(STAMP) ## run every notebook anew, keep what it shows, then write R
 
 encoders: $(STAMP) ## train the small encoders that come with the package anew
 	@$(BIN) python scripts/train_encoders.py
+
+audit: $(STAMP)  ## look up known weaknesses of all that is installed (needs the network; says what it could not look up)
+	@$(PY) -m uv tool run -q pip-audit --progress-spinner off --skip-editable --path "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 clean:           ## remove the virtual environment
 	rm -rf $(VENV)

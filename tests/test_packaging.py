@@ -7,6 +7,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 from ssl_patch.models.shipped import trained_encoders
 
 ROOT = Path(__file__).parent.parent
@@ -120,3 +122,13 @@ def test_pages_gather_functions_of_tensors():
             function = getattr(page, name)
             assert inspect.isfunction(function) and function.__doc__, name
             assert function.__module__.startswith('ssl_patch.methods.'), name
+
+
+@pytest.mark.skipif(not (ROOT / '.git').exists(), reason='not a checkout')
+def test_the_checkout_stays_small():
+    "Executed notebooks and all else that is tracked, below 16 MiB: a clone takes seconds."
+    words = ['git', 'ls-files', '-z']
+    listed = subprocess.run(words, cwd=ROOT, capture_output=True, check=True).stdout
+    files = [ROOT / os.fsdecode(name) for name in listed.split(b'\0') if name]
+    assert len(files) > 100
+    assert sum(f.stat().st_size for f in files if f.is_file()) < 16 * 2**20

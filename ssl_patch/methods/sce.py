@@ -58,7 +58,7 @@ def check_soft_labels(
 
 
 def positive_share(
-    s: Tensor,  # (B,C) scores of the key with the others
+    b: Tensor,  # (B,C) scores of the key with the others
     lam: float,  # lambda
     positive_mode: str,  # one of `POSITIVE_MODES`
 ):  # lambda, or (B,)
@@ -66,13 +66,13 @@ def positive_share(
     others.
 
     Args:
-        s: (B,C) scores of the key with the others
+        b: (B,C) scores of the key with the others
         lam: lambda
         positive_mode: one of `POSITIVE_MODES`
     """
     if positive_mode == 'masked':
         return lam
-    return lam + (1 - lam) * torch.sigmoid(-s.logsumexp(1))
+    return lam + (1 - lam) * torch.sigmoid(-b.logsumexp(1))
 
 # %% ../../nbs/methods/10_sce.ipynb #78394495
 def sce_soft_labels(
@@ -100,9 +100,9 @@ def sce_soft_labels(
     check_pair(k, k, queue, in_batch, tau_m=tau_m)
     check_soft_labels(lam, positive_mode, queue is not None and not in_batch)
     own, candidates, column = line_up(k, len(k), queue, in_batch)
-    s = other_scores(own, candidates, column, tau_m)
-    share = torch.as_tensor(positive_share(s, lam, positive_mode), dtype=s.dtype, device=s.device)
-    return place_positive(share.expand(len(k))[:, None], s, column)
+    b = other_scores(own, candidates, column, tau_m)
+    share = torch.as_tensor(positive_share(b, lam, positive_mode), dtype=b.dtype, device=b.device)
+    return place_positive(share.expand(len(k))[:, None], b, column)
 
 # %% ../../nbs/methods/10_sce.ipynb #ffd391ea
 def sce(
@@ -138,11 +138,11 @@ def sce(
     check_soft_labels(lam, positive_mode, queue is not None and not in_batch)
 
     def loss(q, own, others):
-        s, s_k = others(q, tau), others(own, tau_m)
-        positive = row_similarity(q, own) / tau
-        share, rest = positive_share(s_k, lam, positive_mode), s.logsumexp(1)
-        relation = rest - (s_k.softmax(1) * s).sum(1)
-        return share * nce(positive, rest) + (1 - share) * (relation + nce(rest, positive))
+        a, b = others(q, tau), others(own, tau_m)
+        a_own, L = row_similarity(q, own) / tau, a.logsumexp(1)
+        share, s = positive_share(b, lam, positive_mode), b.softmax(1)
+        relation = L - (s * a).sum(1)
+        return share * nce(a_own, L) + (1 - share) * (relation + nce(L, a_own))
 
     return mean_over_queries(loss, q, k, queue, in_batch, offset)
 

@@ -18,7 +18,10 @@ def main():
         print(f'ssl_patch {ssl_patch.__version__}')
         return
     calm_threads()
-    from ssl_patch.cli import main as command  # loads torch
+    try:
+        from ssl_patch.cli import main as command  # loads torch, which takes seconds
+    except KeyboardInterrupt:
+        sys.exit(130)
 
     command()
 

@@ -102,7 +102,7 @@ LINES = [
     (f'{TRAIN} --train-config weight_decay=x', 'weight_decay must be a number'),
     (f'{TRAIN} --train-config warmup_epochs=x', 'warmup_epochs must be a number'),
     (f'{TRAIN} --train-config drops=3', 'drops must be parts of the run'),
-    (f'{TRAIN} --subset 0', 'subset must be a whole number at least 1'),
+    (f'{TRAIN} --subset 0', '--subset must be a whole number at least 1'),
     (f'{TRAIN} --subset 2.5', '--subset'),
     (f'{TRAIN} --workers -1', 'workers must be a whole number at least 0'),
     (f'{TRAIN} --knn-every -1', 'knn_every must be'),

@@ -118,3 +118,13 @@ def test_damaged_files(data):
             assert all(0 <= s and s + n <= len(raw) and n >= 0 for s, n in zip(starts, sizes))
         except ValueError as e:
             assert file.name in str(e)
+
+
+def test_data_of_a_pattern_are_called_by_their_folder(tmp_path, pictures, monkeypatch):
+    write(tmp_path / 'cats-000.tar', *(entry(f'{n}.jpg', d) for n, d in enumerate(pictures)))
+    folder = tmp_path.name
+    monkeypatch.chdir(tmp_path.parent)
+    assert images(f'{folder}/*.tar', size=16).name == images(folder, size=16).name == folder
+    assert images(f'{folder}/cats-000.tar', size=16).name == 'cats-000'
+    with pytest.raises(FileNotFoundError, match='braces'):
+        images(f'{folder}/cats-{{000..001}}.tar')

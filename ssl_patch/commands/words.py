@@ -177,7 +177,7 @@ def load_data(
     else:
         data = images(name, **how, channels=None if channels == 3 else channels)
     require(name.strip(), 'data', 'a name, a folder or a packed .npz', name)
-    require_int(subset, 'subset', least=1, optional=True)
+    require_int(subset, '--subset', 1, len(data.train), True, f', as {data.train.name} has so many')
     return data.sample(subset) if subset else data
 
 

@@ -214,8 +214,10 @@ def _from_name(name, root, labelled, download, how):
         if not found:
             raise FileNotFoundError(f'no file is like {name!r}')
         if all(p.endswith('.tar') for p in found):
-            return _from_shards(found, path.parent.name or 'shards', labelled, how)
+            return _from_shards(found, _said_name(name), labelled, how)
         return _from_paths(found, (), path.name, how)
+    if '{' in name and not path.exists():
+        raise FileNotFoundError(f'no file {name!r}; braces are not unfolded here: *.tar takes all')
     require_source(name, root)
     return _from_path(path, path.stem, labelled, how)
 
@@ -254,14 +256,21 @@ def _from_hand(x, labels, how):
     return _in_memory(x, y, classes, name, how), None, name
 
 
+def _said_name(source):
+    "What data of this name, path or pattern are called."
+    path = Path(source)
+    part = path.parent if any(c in path.name for c in '*?[') else path
+    return part.stem or 'data'
+
+
 def _stores(source, root, labelled, download, how):
     "(train, test or None, name) of whatever `images` accepts."
     if isinstance(source, Images):
         return source, None, source.name
     if isinstance(source, str):
-        return *_from_name(source, root, labelled, download, how), Path(source).stem
+        return *_from_name(source, root, labelled, download, how), _said_name(source)
     if isinstance(source, os.PathLike):
-        path, name = Path(source).expanduser(), Path(source).stem
+        path, name = Path(source).expanduser(), _said_name(source)
         if any(c in str(path) for c in '*?[') and not path.exists():
             return *_from_name(str(path), root, labelled, download, how), name
         return *_from_path(path, name, labelled, how), name

@@ -19,7 +19,7 @@ from ..views.augmentations import aug_aps_cifar, aug_byol_a, aug_byol_b
 from ..models.interface import Encoder
 from ..models.heads import mlp_heads
 from .method import Method
-from .presets import method_from_config
+from .presets import fills, method_from_config
 from .configs import MethodConfig, TrainConfig, config_for, given, register_method
 from .contrast import InfoNCELoss
 from .moco import moco_v3_heads
@@ -276,6 +276,12 @@ aps_configs = dict(
 )
 
 # %% ../../nbs/methods/12_aps.ipynb #aadc10f2
+@fills(
+    patch_sampler='keep_ratio num_draws gamma flip_aware disjoint',
+    loss='tau',
+    projector='hidden out',
+    key_encoder='momentum',
+)
 def APS(
     encoder: Encoder,  # a ViT
     preset: str | None = None,  # 'cifar', ..., 'imagenet' or 'patchmix'; None: by the size

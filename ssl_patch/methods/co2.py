@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ground.checks import require_choice, require_number
 from ..models.encoders import Encoder
 from .method import Method
-from .presets import method_from_config
+from .presets import fills, method_from_config
 from .configs import config_for, given, register_method
 from .scores import row_similarity
 from ssl_patch.methods.contrast import (
@@ -143,6 +143,7 @@ co2_configs = dict(
 )  # the consistency term, by host
 
 # %% ../../nbs/methods/09_co2.ipynb #e70f7c5b
+@fills(loss='tau tau_con alpha')
 def CO2(
     encoder: Encoder,  # ResNet, or ViT
     host: str = 'moco_v2',  # the method it is added to: 'moco_v1' or 'moco_v2'

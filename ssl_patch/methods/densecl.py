@@ -20,7 +20,7 @@ from ..views.crops import View
 from ..models.interface import Encoder
 from ..models.momentum import Queue
 from .method import Method
-from .presets import method_from_config
+from .presets import fills, method_from_config
 from .patch_loss import PatchLoss, PatchLosses, ViewOutputs
 from .configs import config_for, given, register_method
 from ssl_patch.methods.scores import (
@@ -296,6 +296,7 @@ densecl_configs = {name: replace(c, source=_ours) for name, c in moco_v2_configs
 )
 
 
+@fills(loss='tau', patch_loss='tau lam start_fraction pool', view_pairs='symmetric')
 def DenseCL(
     encoder: Encoder,  # ResNet, or ViT
     preset: str

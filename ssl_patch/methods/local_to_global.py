@@ -23,7 +23,7 @@ from ..views.augmentations import aug_aps_cifar, aug_byol_a, aug_byol_b
 from ..models.interface import Encoder, random_patches, require_encoder
 from ..models.heads import mlp_heads
 from .method import Method
-from .presets import method_from_config
+from .presets import fills, method_from_config
 from .patch_loss import PatchLoss, PatchLosses, ViewOutputs
 from .configs import MethodConfig, TrainConfig, config_for, given, register_method
 from ssl_patch.methods.scores import (
@@ -179,6 +179,11 @@ local_to_global_configs = dict(
 )
 
 # %% ../../nbs/methods/15_local_to_global.ipynb #6629a657
+@fills(
+    loss='tau',
+    patch_loss='tau image_weight num_patches pool hidden out',
+    projector='hidden out',
+)
 def LocalToGlobal(
     encoder: Encoder,  # ViT, or ResNet
     preset: str | None = None,  # 'cifar', 'stl10', 'tiny_imagenet', 'imagenet'; None: by the size

@@ -19,7 +19,7 @@ from ssl_patch.views.augmentations import (
 from ..models.encoders import Encoder, ResNet
 from ..models.heads import mlp
 from .method import Method
-from .presets import method_from_config
+from .presets import fills, method_from_config
 from .configs import MethodConfig, TrainConfig, config_for, given, register_method
 from .contrast import InfoNCELoss
 
@@ -118,6 +118,7 @@ moco_v2_configs = dict(
 )
 
 # %% ../../nbs/methods/07_moco.ipynb #745f4592
+@fills(loss='tau', view_pairs='symmetric')
 def MoCoV2(
     encoder: Encoder,  # ResNet, or ViT
     preset: str | None = None,  # 'cifar', 'stl10', 'tiny_imagenet', 'imagenet'; None: by the size
@@ -140,6 +141,7 @@ def MoCoV2(
     return method_from_config(encoder, config, 'MoCo v2', **slots)
 
 
+@fills(loss='tau')
 def MoCoV1(
     encoder: Encoder,  # ResNet, or ViT
     preset: str | None = None,  # 'cifar', 'stl10', 'tiny_imagenet', 'imagenet'; None: by the size
@@ -219,6 +221,7 @@ moco_v3_configs = dict(
 )
 
 # %% ../../nbs/methods/07_moco.ipynb #a633f21c
+@fills(loss='tau', projector='hidden out', key_encoder='momentum')
 def MoCoV3(
     encoder: Encoder,  # ViT (`variant='moco_v3'` for the published one) or ResNet
     tau: float | None = None,  # temperature; None: 0.2 for ViT, 1.0 for ResNet

@@ -17,7 +17,7 @@ from ..ground.ranks import gather, ranks
 from ..models.encoders import ResNet
 from ..models.interface import Encoder, random_patches, require_encoder
 from .method import Method
-from .presets import method_from_config
+from .presets import fills, method_from_config
 from .patch_loss import PatchLoss, PatchLosses, ViewOutputs
 from .configs import config_for, given, register_method
 from ssl_patch.methods.scores import (
@@ -246,6 +246,11 @@ class RepCoLoss(PatchLoss):
 REPCO_HOSTS = ('moco_v2', 'moco_v3', 'densecl')
 
 
+@fills(
+    patch_loss='lam start_fraction pool tau beta min_distance positive_fraction num_negatives '
+    'quantile negatives_per_image',
+    projector='hidden out',
+)
 def RepCo(
     encoder: Encoder,  # ResNet, or ViT
     host: str = 'moco_v2',  # the method it is added to: 'moco_v2', 'moco_v3' or 'densecl'

@@ -17,7 +17,7 @@ from ..views.augmentations import aug_moco_v2, aug_weak
 from ..models.encoders import Encoder
 from ..models.heads import mlp
 from .method import Method
-from .presets import method_from_config
+from .presets import fills, method_from_config
 from .configs import MethodConfig, TrainConfig, config_for, given, register_method
 from ssl_patch.methods.contrast import (
     ImageLoss,
@@ -144,6 +144,7 @@ ressl_configs = dict(
 )
 
 # %% ../../nbs/methods/08_ressl.ipynb #7cb86d81
+@fills(loss='tau_s tau_t', augmentations='multi_crop', view_pairs='multi_crop')
 def ReSSL(
     encoder: Encoder,  # ResNet, or ViT
     preset: str | None = None,  # 'cifar', 'stl10', 'tiny_imagenet', 'imagenet'; None: by the size

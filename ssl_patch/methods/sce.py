@@ -18,7 +18,7 @@ from ..views.augmentations import aug_byol_a, aug_byol_b, aug_moco_v2, aug_weak
 from ..models.encoders import Encoder
 from ..models.heads import mlp
 from .method import Method
-from .presets import method_from_config
+from .presets import fills, method_from_config
 from .branches import all_view_pairs
 from .configs import MethodConfig, TrainConfig, config_for, given, register_method
 from .scores import row_similarity
@@ -276,6 +276,12 @@ sce_configs = dict(
 )
 
 # %% ../../nbs/methods/10_sce.ipynb #2d00e494
+@fills(
+    loss='lam tau tau_m',
+    projector='hidden out symmetric',
+    augmentations='symmetric multi_crop',
+    view_pairs='symmetric multi_crop',
+)
 def SCE(
     encoder: Encoder,  # ResNet, or ViT
     preset: str | None = None,  # 'cifar', 'stl10', 'tiny_imagenet', 'imagenet'; None: by the size

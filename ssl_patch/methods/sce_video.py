@@ -13,7 +13,7 @@ from ..evaluation.records import Table, grid_lines
 from ..ground.checks import require_choice
 from .configs import MethodConfig, TrainConfig, given, register_method
 from .method import Method
-from .presets import method_from_config
+from .presets import fills, method_from_config
 from .sce import SCELoss, sce_heads
 from ..models.interface import Encoder, require_encoder
 from ..views.clips import aug_clip_a, aug_clip_b
@@ -86,6 +86,7 @@ def clip_table() -> Table:
     return Table('\n'.join(grid_lines(['preset', 'network', 'frames', 'pixels', 'seconds'], rows)))
 
 # %% ../../nbs/methods/18_sce_video.ipynb #f6869720
+@fills(loss='lam tau tau_m', augmentations='strength difference_p', projector='hidden out')
 def SCEVideo(
     encoder: Encoder,  # of clips: `slow_resnet`, `tubelet_vit`, ...
     preset: str | None = None,  # a key of `sce_video_configs`; None: by the network's width

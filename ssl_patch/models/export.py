@@ -20,12 +20,16 @@ from torch import Tensor, nn
 
 from ..ground.checks import height_width, require, require_number, shown
 from ..ground.files import atomic_write
-from .encoders import ResNet, ViT
-from .external import ExternalEncoder
 from .interface import Encoder, spec_of
 from .weights import first_line
 
 # %% ../../nbs/models/13_export.ipynb #13b00005
+def _kind(encoder):
+    "What its spec calls it; empty for what is no encoder of images."
+    known = isinstance(encoder, Encoder) and not hasattr(encoder, 'frames')
+    return spec_of(encoder)['kind'] if known else ''
+
+
 class Plain(nn.Module):
     """An encoder as a function of tensors alone: no checks, and no sizes but those of its input.
 
@@ -73,9 +77,9 @@ class Plain(nn.Module):
         """
         encoder = self.encoder
         x = (x - encoder.mean[:, None, None]) / encoder.std[:, None, None]
-        if isinstance(encoder, ViT):
+        if _kind(encoder) == 'vit':
             return self.tokens(x)
-        if isinstance(encoder, ResNet):
+        if _kind(encoder) == 'resnet':
             return self.maps(x)
         image, patches = encoder.read(encoder.net, x)
         return (image,) if isinstance(patches, str) else (image, patches[0])
@@ -83,10 +87,9 @@ class Plain(nn.Module):
 # %% ../../nbs/models/13_export.ipynb #13b00006
 def _plain(encoder):
     "A copy on the CPU in float32, as a function of tensors."
-    kinds = ViT, ResNet, ExternalEncoder
     words = 'an encoder of images: vit(...), resnet(...), open_encoder(...) or wrap(net, size=...)'
     got = spec_of(encoder).get('kind', type(encoder)) if isinstance(encoder, nn.Module) else encoder
-    require(isinstance(encoder, kinds), 'encoder', words, got)
+    require(_kind(encoder), 'encoder', words, got)
     copied = copy.deepcopy(encoder).cpu().float().eval()
     for m in copied.modules():  # the kernel that is written out is for training
         if hasattr(m, 'fused_attn'):
@@ -97,10 +100,10 @@ def _plain(encoder):
 def _free(encoder):
     "The sizes of a batch that stay open, as `torch.export` wants them."
     dim, sides = torch.export.Dim, {}
-    if isinstance(encoder, ViT):
+    if _kind(encoder) == 'vit':
         rows, columns = dim('rows', min=1, max=1024), dim('columns', min=1, max=1024)
         sides = {2: encoder.side * rows, 3: encoder.side * columns}
-    if isinstance(encoder, ResNet):
+    if _kind(encoder) == 'resnet':
         sides = {2: dim('height', min=16, max=8192), 3: dim('width', min=16, max=8192)}
     return {0: dim('batch', min=1, max=2**20), **sides}
 
@@ -188,9 +191,9 @@ def _quiet_exporter():
 def _tried_sizes(encoder):
     "Its own size, and where others can be: a larger and a wider one."
     height, width = height_width(encoder.size)
-    if not isinstance(encoder, ViT | ResNet):
+    if _kind(encoder) not in ('vit', 'resnet'):
         return [(height, width)]
-    step = encoder.side if isinstance(encoder, ViT) else 8
+    step = encoder.side if _kind(encoder) == 'vit' else 8
     return [(height, width), (height + 2 * step, width + 2 * step), (height, width + step)]
 
 

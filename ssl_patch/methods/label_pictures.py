@@ -6,6 +6,7 @@
 __all__ = ['show_soft_labels']
 
 # %% ../../nbs/methods/22_label_pictures.ipynb #426818f4
+from collections.abc import Sequence
 import torch
 from torch import Tensor
 from ..ground.checks import require
@@ -16,8 +17,9 @@ def show_soft_labels(
     query: Tensor,  # (3,H,W) uint8, or float in [0,1]
     candidates: Tensor,  # (C,3,H,W) images of the candidates
     labels: dict,  # name -> (C,) share of every candidate
-    n: int = 8,  # candidates that are drawn, those with most mass first
+    n: int | Sequence[int] = 8,  # how many candidates, by mass; or which, the positive first
     first: int = 0,  # a candidate that is drawn first in any case: the positive
+    title: str | None = None,  # text above the picture
 ):  # -> matplotlib Figure
     """Bars of several soft labels over the same candidates, with the images of these above them.
     Raises `ValueError` for labels of another length.
@@ -26,8 +28,9 @@ def show_soft_labels(
         query: (3,H,W) uint8, or float in [0,1]
         candidates: (C,3,H,W) images of the candidates
         labels: name -> (C,) share of every candidate
-        n: candidates that are drawn, those with most mass first
+        n: how many candidates, by mass; or which, the positive first
         first: a candidate that is drawn first in any case: the positive
+        title: text above the picture
     """
     import matplotlib.pyplot as plt
 
@@ -38,28 +41,34 @@ def show_soft_labels(
         f'rows of {len(candidates)} shares, one a candidate',
         w,
     )
-    rank = w.sum(0)
-    rank[first] = float('inf')
-    order = rank.argsort(descending=True)[:n]
+    if isinstance(n, int):
+        rank = w.sum(0)
+        rank[first] = float('inf')
+        order = rank.argsort(descending=True)[:n]
+    else:
+        order = torch.as_tensor(n)
     size = dict(figsize=(1.15 * (1 + len(order)), 1.1 * (1 + len(w))), dpi=100)
     fig, axes = plt.subplots(1 + len(w), 1 + len(order), squeeze=False, **size)
     pictures = [query, *(candidates[i] for i in order)]
-    colors = [VIEW1, POSITIVE, *[None] * n]
-    for ax, x, title, color in zip(
-        axes[0], pictures, ['query', 'positive', *range(2, n + 1)], colors
-    ):
-        framed(ax, x, str(title), color)
+    colors = [VIEW1, POSITIVE, *[None] * len(order)]
+    heads = ['query', 'positive', *range(1, len(order))]
+    for ax, x, head, color in zip(axes[0], pictures, heads, colors):
+        framed(ax, x, str(head), color)
     for row, name, t in zip(axes[1:], labels, w):
         hidden = max(0.0, 1 - t[order].sum().item())
         words = f'{name}\nnot drawn: {hidden:.2f}'
         row[0].text(0.95, 0.4, words, ha='right', va='center', fontsize=9)
         row[0].set_axis_off()
-        for ax, p, color in zip(row[1:], t[order].tolist(), [POSITIVE, *['0.55'] * n]):
+        for ax, p, color in zip(row[1:], t[order].tolist(), [POSITIVE, *['0.55'] * len(order)]):
             ax.bar(0, p, color=color)
             ax.set(xlim=(-0.8, 0.8), ylim=(0, 1.2))
             ax.text(0, p + 0.04, f'{p:.2f}', ha='center', fontsize=9)
             ax.axhline(0, c='k', lw=0.5)
             ax.set_axis_off()
-    fig.subplots_adjust(0, 0.01, 1, 0.95, 0.05, 0.05)
+    top = 0.95
+    if title:
+        fig.suptitle(title, fontsize=11)
+        top -= 0.3 / fig.get_figheight()
+    fig.subplots_adjust(0, 0.01, 1, top, 0.05, 0.05)
     plt.close(fig)
     return fig

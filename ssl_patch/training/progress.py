@@ -282,6 +282,7 @@ def plot_curves(
         title: of the figure
     """
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogFormatter
 
     has = lambda k: any(h.get(k) is not None for h in history)
 
@@ -312,6 +313,8 @@ def plot_curves(
     if has('entropy'):
         draw(axs[2], 'entropy', f=math.exp, label='candidates that share the labels')
     axs[2].set(title='how many', yscale='log', ylim=(0.9, None))
+    axs[2].yaxis.set_major_formatter(LogFormatter())  # 4, where the default writes 4 x 10^0
+    axs[2].yaxis.set_minor_formatter(LogFormatter())
     if patches:
         draw(axs[3], 'patch_sim_within', c='C4', label='in one image')
         draw(axs[3], 'patch_sim_between', c='C5', label='in two images')

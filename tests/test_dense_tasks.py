@@ -236,7 +236,7 @@ def test_images_of_many_sizes_are_trained_on_and_measured_whole(tmp_path):
 def test_what_is_wrong_with_a_mask_is_said_with_its_name(tmp_path):
     for part in ('train', 'test'):
         write_pairs(tmp_path, part)
-    assert said(lambda: folder_masks(tmp_path, 3), ['masks/', 'has the number 3'])
+    assert said(lambda: folder_masks(tmp_path, 3), ['masks/0.png', 'pixels of the number 3'])
     Image.new('L', (5, 5)).save(tmp_path / 'train/masks/1.png')
     assert said(lambda: folder_masks(tmp_path, 4), ['train/masks/1.png', '12 x 16'])
     (tmp_path / 'train/masks/1.png').unlink()
@@ -244,6 +244,42 @@ def test_what_is_wrong_with_a_mask_is_said_with_its_name(tmp_path):
         folder_masks(tmp_path, 4)
     (tmp_path / 'train.txt').write_text('train/images/0.png train/masks/0.png\nonly one\nx y z\n')
     assert said(lambda: read_list(tmp_path / 'train.txt', tmp_path), ['line 3', 'x y z'])
+
+
+def test_masks_that_say_nothing_are_refused_before_work(tmp_path):
+    for part in ('train', 'test'):
+        write_pairs(tmp_path, part, high=2)
+    for path in tmp_path.glob('*/masks/*.png'):
+        Image.fromarray(np.array(Image.open(path)) * 255).save(path)
+    task = Segmentation(2, 'light', (16, 16), channels=8)
+    words = ['train masks', 'only class 0 occurs', 'mapped={0: 0, 255: 1}']
+    assert said(lambda: task.check(folder_masks(tmp_path, 2)), words)
+    assert said(lambda: task.check(folder_masks(tmp_path, 2, size=(12, 16))), words)
+    mapped = folder_masks(tmp_path, 2, mapped={0: 0, 255: 1})
+    assert task.check(mapped) == '' and '255 is class 1' in mapped.note
+    assert mapped.train.content() != folder_masks(tmp_path, 2).train.content()
+    void = folder_masks(tmp_path, 2, mapped={7: 0})
+    assert said(lambda: task.check(DenseData(mapped.train, void.test)), ['test masks: no pixel'])
+    wider = Segmentation(5, 'light', (16, 16), channels=8)
+    five = folder_masks(tmp_path, 5, mapped={0: 0, 255: 1})
+    with pytest.warns(UserWarning, match='3 of 5 classes are in no mask that was looked at: 2, 3'):
+        assert '3 of 5 classes' in wider.check(five)
+    assert said(lambda: folder_masks(tmp_path, 'aa'), ['classes must be names', 'a twice'])
+
+
+def test_files_of_pairs_that_are_missing_or_cut_are_named(tmp_path):
+    for part in ('train', 'test'):
+        write_pairs(tmp_path, part)
+    Image.new('L', (16, 12)).save(tmp_path / 'train/masks/extra.png')
+    with pytest.warns(UserWarning, match='1 of 4 files of .*no image in train/images .* extra'):
+        folder_masks(tmp_path, 4)
+    cut = tmp_path / 'test/images/1.png'
+    cut.write_bytes(cut.read_bytes()[:300])
+    assert said(lambda: folder_masks(tmp_path, 4), ['test/images/1.png cannot be read'])
+    for path in tmp_path.glob('*/masks/*.png'):
+        path.rename(path.with_suffix('.jpg'))
+    with pytest.raises(FileNotFoundError, match='there are .jpg, and .png is needed'):
+        folder_masks(tmp_path, 4)
 
 
 def test_an_image_that_breaks_later_stops_the_run_with_its_name(tmp_path):
@@ -284,6 +320,8 @@ def test_holes_in_depth_are_counted_and_not_learned_from(tmp_path):
     assert torch.equal(loss, task.loss(model, x, d)[0])
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    far = DenseImages(data.train.images, [torch.full((12, 16), 2500.0)] * 3)
+    assert said(lambda: task.check(DenseData(far)), ['got 2500 to 2500 m', '`unit`'])
     none = DenseImages(data.train.images, [torch.full((12, 16), math.nan)] * 3)
     assert said(lambda: task.check(DenseData(none)), ['measured from 0.001 to 10.0 m'])
 

@@ -192,6 +192,43 @@ def test_wrong_entries_of_coco_are_named(tmp_path, fault):
         coco_boxes(tmp_path / 'train', path)
 
 
+def test_boxes_of_coco_that_are_corners_are_refused(tmp_path):
+    tables = write_coco(tmp_path, n=8)
+    path = tmp_path / 'annotations/instances_train.json'
+    for row in tables['annotations']:
+        left, top, width, height = row['bbox']
+        row['bbox'] = [left, top, left + width, top + height]
+    path.write_text(json.dumps(tables))
+    with pytest.raises(ValueError, match=r'boxes leave their image: are they \[left, top, right'):
+        coco_boxes(tmp_path / 'train', path)
+    for row in tables['annotations']:
+        row['bbox'] = [0, 0, 4, 4]
+    path.write_text(json.dumps(tables))
+    with pytest.raises(ValueError, match='boxes disagree with their polygons'):
+        coco_boxes(tmp_path / 'train', path)
+    path.write_text(json.dumps(tables | dict(annotations=[])))
+    with pytest.raises(ValueError, match='annotations must be a list of at least one object'):
+        coco_boxes(tmp_path / 'train', path)
+
+
+def test_boxes_without_area_outside_and_negative_are_told_apart(tmp_path):
+    tables = write_coco(tmp_path)
+    odd = [[5000, 0, 9, 9], [9, 9, -5, 5], [3, 3, 0, 9]]
+    first = dict(tables['annotations'][0])
+    del first['segmentation']
+    tables['annotations'] += [first | dict(bbox=b) for b in odd]
+    path = tmp_path / 'annotations/instances_train.json'
+    path.write_text(json.dumps(tables))
+    with pytest.warns(
+        UserWarning, match='1 boxes wholly outside .*1 boxes of neg.*1 boxes without'
+    ):
+        coco_boxes(tmp_path / 'train', path)
+    tables['annotations'] = [first | dict(bbox=odd[0])] * 5
+    path.write_text(json.dumps(tables))
+    with pytest.warns(UserWarning, match='5 of 5 boxes are not inside of their image'):
+        coco_boxes(tmp_path / 'train', path)
+
+
 def test_files_of_coco_that_cannot_be_read_are_named(tmp_path):
     write_coco(tmp_path)
     path = tmp_path / 'annotations/instances_train.json'

@@ -56,6 +56,15 @@ class Mended:
             warnings.warn(f'{self.name}: {"; ".join(told)}', stacklevel=3)
 
 
+def _left_out(box):
+    "What is wrong with a box that has no area in its image."
+    left, top, right, bottom = box.tolist()
+    if right < left or bottom < top:
+        return 'boxes of negative size were left out'
+    flat = right == left or bottom == top
+    return f'boxes {"without area" if flat else "wholly outside of their image"} were left out'
+
+
 def box_store(
     files: ByteFiles,  # the images
     objects: list,  # `Objects` of each, as they were written
@@ -82,6 +91,7 @@ def box_store(
         raise FileNotFoundError(f'{name}: {said}, the first: {lack[0]}')
     heads = in_threads(lambda i: quick_header(files.read(i)), len(files))
     mended, kept, sizes, ready, skipped = Mended(name), [], [], [], []
+    beyond = 0
     for i, (head, found) in enumerate(zip(heads, objects)):
         if isinstance(head, Exception):
             skipped.append((files.name(i), short_reason(head)))
@@ -99,12 +109,20 @@ def box_store(
         for n in cut:
             mended.note('boxes beyond their image were cut', f'{source} object {n + 1}')
         for n in flat:
-            mended.note('boxes without area were left out', f'{source} object {n + 1}')
+            mended.note(_left_out(found.boxes[n]), f'{source} object {n + 1}')
+        beyond += len(cut) + len(flat)
         kept.append(i)
         sizes.append(size)
         ready.append(inside)
     require(kept, 'the images', 'at least one that can be read', f'{name}: none of {len(files)}')
     mended.warn()
+    total = sum(len(o) for o in objects)
+    if beyond > 3 and 3 * beyond > total:
+        warnings.warn(
+            f'{name}: {beyond} of {total} boxes are not inside of their image: are they pixels of '
+            'these images, in the order of the layout (COCO: left, top, width, height; VOC: left, '
+            'top, right, bottom)?'
+        )
     return BoxImages(files.pick(kept), ready, classes, name, skipped, sizes)
 
 

@@ -54,6 +54,13 @@ class DenseImages:
         require(len(targets) == len(images), 'the number of targets', same, len(targets))
         self.images, self.targets = images, targets
         self.classes = None if classes is None else [str(c) for c in classes]
+        twice = [c for c in self.classes or [] if self.classes.count(c) > 1]
+        require(
+            not twice,
+            'classes',
+            'names that are all different',
+            f'{twice[0]} twice' if twice else '',
+        )
         self.name = name or images.name
 
     def __len__(self):

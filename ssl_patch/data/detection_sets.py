@@ -167,6 +167,44 @@ def _coco_tables(path):
     return [found[n] for n in names]
 
 
+def _bounds(polygons):
+    "Left, top, right and bottom of polygons."
+    x, y = ([v for p in polygons for v in p[k::2]] for k in (0, 1))
+    return [min(x), min(y), max(x), max(y)]
+
+
+def _agree(boxes, others):
+    "(n,) bool: whether boxes cover at least half of what they and others cover together."
+    low, high = torch.maximum(boxes, others)[:, :2], torch.minimum(boxes, others)[:, 2:]
+    both = (high - low).clamp_min(0).prod(1)
+    areas = [(b[:, 2:] - b[:, :2]).clamp_min(0).prod(1) for b in (boxes, others)]
+    return both >= (areas[0] + areas[1] - both) / 2
+
+
+def _require_sizes(path, notes, by_id, masks):
+    """`ValueError` where boxes are no left, top, width, height: many disagree with their polygons,
+    or leave their image and would fit as corners. At most 1000 are looked at."""
+    notes = notes[:: len(notes) // 1000 + 1]
+    corners = torch.tensor([a['bbox'] for a in notes], dtype=torch.float64)
+    boxes = torch.cat([corners[:, :2], corners[:, :2] + corners[:, 2:]], 1)
+    sides = [(by_id[a['image_id']]['width'], by_id[a['image_id']]['height']) for a in notes]
+    sides = torch.tensor(sides) + 1  # a rounding
+    many = lambda wrong: int(wrong.sum()) > 3 and 3 * int(wrong.sum()) > len(wrong)
+    hint = 'are they [left, top, right, bottom]? COCO has [left, top, width, height]'
+    beyond = (boxes[:, 2:] > sides).any(1)
+    inside = ((corners[:, 2:] > corners[:, :2]) & (corners[:, 2:] <= sides)).all(1)
+    if many(beyond) and inside.double().mean() > 0.9:
+        said = f'{int(beyond.sum())} of {len(notes)} boxes leave their image'
+        raise ValueError(f'{path}, bbox: {said}: {hint}')
+    drawn = [n for n, a in enumerate(notes) if masks and isinstance(a['segmentation'], list)]
+    if drawn:
+        seen = [_bounds(notes[n]['segmentation']) for n in drawn]
+        wrong = ~_agree(boxes[drawn], torch.tensor(seen, dtype=torch.float64))
+        said = f'{int(wrong.sum())} of {len(drawn)} boxes disagree with their polygons'
+        if many(wrong):
+            raise ValueError(f'{path}, bbox: {said}: {hint}')
+
+
 def coco_boxes(
     folder,  # of the images
     annotations,  # path of the instances file
@@ -190,6 +228,7 @@ def coco_boxes(
     by_id = {p['id']: p for p in pictures}
     twice = len(by_id) != len(pictures)
     require(not twice, f'{path}, images', 'ids that are all different', f'{len(pictures)} images')
+    require(notes, f'{path}, annotations', 'a list of at least one object', 'none')
     masks = all(a.get('segmentation') for a in notes)
     rows = defaultdict(lambda: ([], [], [], []))
     for n, a in enumerate(notes):
@@ -212,6 +251,7 @@ def coco_boxes(
         if masks:
             _require_code(a['segmentation'], (picture['height'], picture['width']), where)
             codes.append(a['segmentation'])
+    _require_sizes(path, notes, by_id, masks)
     objects, told = [], [(p['height'], p['width']) for p in pictures]
     for p, size in zip(pictures, told):
         boxes, labels, crowd, codes = rows[p['id']]

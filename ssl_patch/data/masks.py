@@ -58,8 +58,10 @@ def read_mask(
     odd = (m >= classes) & ~skipped
     if odd.any() and unseen == 'refuse':
         numbers = m[odd].unique().tolist()
+        first = f'{int((m == numbers[0]).sum())} pixels of the number {numbers[0]}'
+        more = f' (and of {len(numbers) - 1} more such numbers)' if numbers[1:] else ''
         raise ValueError(
-            f'has the number {numbers[0]} ({len(numbers)} such), which is no class: there are 0 to '
+            f'has {first}{more}, which is no class: there are 0 to '
             f'{classes - 1}, and {list(ignore)} for what does not count; '
             "unseen='ignore' leaves it out"
         )
@@ -168,6 +170,7 @@ def folder_masks(
     test: str | None = None,  # split to measure on; None: test, val, valid or validation
     unseen: str = 'refuse',  # a number that is no class: 'refuse', or 'ignore'
     size: tuple | None = None,  # (height, width): in memory so large; None: streamed
+    mapped: dict | None = None,  # number -> class, as {0: 0, 255: 1}; others do not count
 ) -> DenseData:
     """Images and masks of your own. `FileNotFoundError` or `ValueError` names file and line.
 
@@ -179,6 +182,7 @@ def folder_masks(
         test: split to measure on; None: test, val, valid or validation
         unseen: a number that is no class: 'refuse', or 'ignore'
         size: (height, width): in memory so large; None: streamed
+        mapped: number -> class, as {0: 0, 255: 1}; others do not count
     """
     _require_unseen(unseen)
     root = existing_folder(folder)
@@ -188,11 +192,18 @@ def folder_masks(
     require(2 <= len(classes) <= 255, 'classes', '2 to 255 names, or their number', classes)
     ignore = (ignore,) if isinstance(ignore, int) else tuple(ignore)
     splits, told = [], repr((len(classes), ignore, unseen))
-    read = partial(read_mask, classes=len(classes), ignore=ignore, unseen=unseen)
+    note = f'{list(ignore)} in a mask does not count'
+    if mapped is not None:
+        fits = isinstance(mapped, dict) and {int} == {type(v) for kv in mapped.items() for v in kv}
+        fits = fits and min(mapped) >= 0 and set(mapped.values()) <= set(range(len(classes)))
+        what = f'a dict of numbers in files -> classes 0 to {len(classes) - 1}, or None'
+        require(fits, 'mapped', what, mapped)
+        note = ', '.join(f'{k} is class {c}' for k, c in mapped.items())
+        note, told = f'in a mask {note}; others do not count', f'{told} {sorted(mapped.items())}'
+    read = partial(read_mask, classes=len(classes), ignore=ignore, mapped=mapped, unseen=unseen)
     for parts in ((train,), (test,) if test else TESTS):
         part, pairs = find_pairs(root, parts, _MASK_FOLDERS, _BESIDE)
         splits.append(open_pairs(root, pairs, read, classes, f'{root.name} {part}', told))
-    note = f'{list(ignore)} in a mask does not count'
     return settled(splits, root.name, note, size)
 
 

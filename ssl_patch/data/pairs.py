@@ -109,7 +109,7 @@ def match_pairs(
     target_end: tuple = ('.png',),  # how names of targets end; what is before it must be equal
 ) -> list:  # of Pair, in the order of names
     """Files of two folders with the same name but for its end. `FileNotFoundError` for an image
-    without a target.
+    without a target; a target without an image is left out, with a warning that counts them.
 
     Args:
         root: the folder
@@ -126,9 +126,17 @@ def match_pairs(
     require(left, f'{root / images}', f'a folder with images ({", ".join(image_end)})', 'none')
     alone = [k for k in left if k not in right]
     if alone:
+        other = {p.suffix.lower() for p in (root / targets).rglob('*') if p.is_file() and p.suffix}
+        others = '' if right or not other else f'; there are {", ".join(sorted(other))}, '
+        others += others and f'and {" or ".join(target_end)} is needed (JPEG changes numbers)'
         raise FileNotFoundError(
             f'{len(alone)} of {len(left)} images of {root / images} have no target in {targets}, '
-            f'the first: {plain(alone[0])}'
+            f'the first: {plain(alone[0])}{others}'
+        )
+    if extra := [k for k in right if k not in left]:
+        warnings.warn(
+            f'{len(extra)} of {len(right)} files of {root / targets} have no image in {images} and '
+            f'are left out, the first: {plain(extra[0])}'
         )
     to = lambda p: str(p.relative_to(root))
     return [Pair(to(left[k]), to(right[k])) for k in sorted(left)]
@@ -304,8 +312,12 @@ def open_pairs(
 def _require_fit(split, i, pair):
     "`ValueError` unless a target can be read and is as large as its image, by the image's header."
     target = split.targets[i]
-    head = open_image(split.images.encoded.read(i))
-    turned = head.getexif().get(274, 1) > 4  # noted in the file: to be shown lying on its side
+    try:
+        head = open_image(split.images.encoded.read(i))
+        turned = head.getexif().get(274, 1) > 4  # noted in the file: shown lying on its side
+    except Exception as e:
+        fault = f'{plain(pair.image)} cannot be read ({short_reason(e)})'
+        raise ValueError(f'{split.name}: {fault}') from e
     size = (head.width, head.height) if turned else (head.height, head.width)
     where = f' ({pair.where})' if pair.where else ''
     named = f'{plain(pair.target)}{where}'

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ground.checks import require, require_choice
+from ..ground.text import plain
 from ..data.fingerprints import can_fingerprint, is_in
 from ..data.files import note_broken
 from ..data.images import ImageData, Images
@@ -140,10 +141,11 @@ _DROP = "overlap='drop' leaves them out of train, "
 _KEEP = "overlap='keep' measures all the same and notes it"
 
 
-def _leak(name, found, fault, remedy):
+def _leak(name, found, fault, remedy, names):
     "The sentence that refuses: which images, and what one can do."
     which = f'{int(found.sum())} of {len(found)} test images'
-    first = f'(the first: {found.nonzero()[0, 0]})'
+    k = int(found.nonzero()[0, 0])
+    first = f'(the first: {plain(names[k]) if names else k})'
     return f'data={name!r}: {fault.format(which)} {first}. {remedy}'
 
 
@@ -172,10 +174,11 @@ def check_leakage(
     asked, learned = test.fingerprints(), getattr(encoder, 'trained_on', None)
     copied = is_in(asked, train.fingerprints())
     seen = is_in(asked, learned) if learned is not None else torch.zeros_like(copied)
-    use, notes, settings = None, [], {}
+    use, notes, settings, names = None, [], {}, test.names
     if n := int(copied.sum()):
         if overlap == 'refuse':
-            raise ValueError(_leak(name, copied, '{} are in the train split too', _DROP + _KEEP))
+            fault = '{} are in the train split too'
+            raise ValueError(_leak(name, copied, fault, _DROP + _KEEP, names))
         if overlap == 'drop':
             use = (~is_in(train.fingerprints(), asked)).nonzero().flatten()
         settings['overlap'] = overlap
@@ -183,7 +186,7 @@ def check_leakage(
         notes.append(f'{n} test images are in train too: {done}')
     if n := int(seen.sum()):
         if overlap != 'keep':
-            raise ValueError(_leak(name, seen, 'the encoder was trained on {}', _KEEP))
+            raise ValueError(_leak(name, seen, 'the encoder was trained on {}', _KEEP, names))
         settings['trained on test images'] = n
         notes.append(f'trained on {n} of the test images')
     return use, '; '.join(notes), settings

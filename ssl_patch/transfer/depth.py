@@ -223,10 +223,15 @@ class Depth:
             holes = sum(int((~(d > 0)).sum()) for d in found)
             beyond = sum(int(((d > 0) & ~self.valid(d)).sum()) for d in found)
             total = sum(d.numel() for d in found)
-            some = f'{split.name} depth'
-            require(
-                holes + beyond < total, some, f'measured from {self.low} to {self.high} m', 'none'
-            )
+            if holes + beyond == total:
+                there = [d[d > 0] for d in found if (d > 0).any()]
+                got = 'holes alone'
+                if there:
+                    low, high = min(d.min() for d in there), max(d.max() for d in there)
+                    got = f'{low:.6g} to {high:.6g} m: is `unit` right, metres of one step in a '
+                    got += 'file, or are `low` and `high` of the task others?'
+                what = f'measured from {self.low} to {self.high} m'
+                raise ValueError(f'{split.name} depth must be {what}, got {got}')
             for n, words in (
                 (holes, 'holes'),
                 (beyond, f'not from {self.low:g} to {self.high:g} m'),

@@ -7,6 +7,7 @@ __all__ = ['segmentation_recipes', 'confusion_of', 'segmentation_scores', 'slide
 
 # %% ../../nbs/transfer/13_segmentation.ipynb #5e600003
 import math
+import warnings
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.dense import DenseData, require_targets
+from ..data.files import listed
 from ..data.pairs import shrunk_target
 from ..evaluation.metrics import confusion, count_labels, iou
 from ..evaluation.patches import position_prior
@@ -108,6 +110,34 @@ def slide(
     return total / seen
 
 # %% ../../nbs/transfer/13_segmentation.ipynb #5e600014
+def _classes_of(split, names, ignore):
+    """(C,) bool, which classes there are, and in how many masks that was looked for: 300, evenly
+    spread, and more until there are two classes. `ValueError` where there are not two."""
+    n, void, counts = len(split), 0, torch.zeros(len(names), dtype=torch.long)
+    if isinstance(split.targets, Tensor):
+        groups, first = [split.targets], 1
+    else:
+        rows = torch.linspace(0, n - 1, min(300, n)).round().long().tolist()
+        groups = (split.targets[i][None] for i in dict.fromkeys([*rows, *range(n)]))
+        first = len(rows)
+    looked = 0
+    for k, masks in enumerate(groups, 1):
+        counts += count_labels(masks, len(names), ignore)
+        void, looked = void + int((masks == ignore).sum()), looked + len(masks)
+        if k >= first and (counts > 0).sum() > 1:
+            return counts > 0, looked
+    if not counts.sum():
+        raise ValueError(f'{split.name} masks: no pixel counts, all are {ignore}')
+    share = 100 * void / (void + int(counts.sum()))
+    only = f'only class {names[int(counts.argmax())]} occurs'
+    hint = (
+        f'; {share:.1f} % of the pixels do not count ({ignore}). Are these masks of 0 and 255? '
+        'open_masks(folder, classes=2, mapped={0: 0, 255: 1}) makes two classes of them'
+    )
+    said = f'{split.name} masks must have at least two classes, and {only}'
+    raise ValueError(said + (hint if void else ''))
+
+
 @dataclass(frozen=True)
 class Segmentation:
     """The class of every pixel, as a task. `ValueError` for what does not fit.
@@ -182,23 +212,27 @@ class Segmentation:
         return 1.0 if self.resize is None else self.resize / min(shape[-2:])
 
     def check(self, data):
-        "What there is to say of the masks; `ValueError` where they do not fit."
+        """What there is to say of the masks, a warning of classes that none has. `ValueError` where
+        they do not fit, or have fewer than two classes."""
         require_targets(data, 'masks')
         named = data.classes is None or len(data.classes) == self.classes
         require(named, 'classes', f'{len(data.classes or ())}, as the data', self.classes)
-        notes = []
+        names = data.classes or [str(c) for c in range(self.classes)]
+        notes, nowhere = [], torch.ones(self.classes, dtype=torch.bool)
         for split in filter(None, (data.train, data.test)):
             image, mask = split[0]
             fits = mask.shape == image.shape[-2:]
             require(fits, f'{split.name} masks', f'{tuple(image.shape[-2:])}, as images', mask)
-            if isinstance(split.targets, Tensor):
-                seen = count_labels(split.targets, self.classes, self.ignore) > 0
-                require(
-                    seen.any(), f'{split.name} masks', 'masks of classes', 'no pixel that counts'
-                )
-                names = data.classes or [str(c) for c in range(self.classes)]
-                lacks = [names[c] for c in (~seen).nonzero().flatten().tolist()]
-                notes += [f'{split.name} has no pixel of {", ".join(lacks)}'] if lacks else []
+            seen, looked = _classes_of(split, names, self.ignore)
+            lacks = [names[c] for c in (~seen).nonzero().flatten().tolist()]
+            some = f' in {looked} masks' if looked < len(split) else ''
+            notes += [f'{split.name} has no pixel of {", ".join(lacks)}{some}'] if lacks else []
+            nowhere &= ~seen
+        if nowhere.any():
+            lacks = [names[c] for c in nowhere.nonzero().flatten().tolist()]
+            some = f'{len(lacks)} of {self.classes} classes are in no mask that was looked at'
+            warnings.warn(f'{data.name}: {some}: {listed(lacks)}')
+            notes.append(some)
         return '; '.join(notes)
 
     def build(self, encoder):

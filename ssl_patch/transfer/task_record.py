@@ -108,7 +108,7 @@ def measure_task(
         settings=(told or {})
         | task_settings(task)
         | config.settings()
-        | dict(bf16=run.bf16)
+        | dict(batch_size=run.loader.batch_size, bf16=run.bf16)
         | run.kept,
         note='; '.join(filter(None, [data.note, run.note, run.leak, broken])),
         n_train=len(run.data.train),

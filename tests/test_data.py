@@ -307,8 +307,11 @@ def test_a_file_that_is_no_pack(tmp_path, folder):
     np.savez(tmp_path / 'other.npz', x=np.zeros(3))
     with pytest.raises(ValueError, match='has jpeg, offsets'):
         images(tmp_path / 'other.npz')
+    (tmp_path / 'a.zip').write_text('x')
+    with pytest.raises(ValueError, match='a folder of images, a packed .npz, or shards in .tar'):
+        images(tmp_path / 'a.zip')
     (tmp_path / 'a.tar').write_text('x')
-    with pytest.raises(ValueError, match='a folder of images or a packed'):
+    with pytest.raises(ValueError, match='not a tar file that is whole'):
         images(tmp_path / 'a.tar')
     good = dict(np.load(pack(folder, tmp_path / 'good.npz')))
     for change, words in (

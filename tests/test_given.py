@@ -151,7 +151,7 @@ def test_home_is_home_in_patterns_and_lists(paths, tmp_path, monkeypatch):
 def test_one_picture_and_archives_are_told(paths, tmp_path):
     (tmp_path / 'a.zip').write_bytes(b'x')
     for path in (paths[0], tmp_path / 'a.zip'):
-        with pytest.raises(ValueError, match=r'a folder of images or a packed.*\[path, ...\]'):
+        with pytest.raises(ValueError, match=r'a folder of images, a packed.*\[path, ...\]'):
             images(path)
 
 

@@ -278,7 +278,8 @@ def sides():
     pages = [n for n in rooms_of('.') if n not in seen and n not in ('index', 'reference')]
     front = [toctree(names, capital(what)) for what, names in path]
     for folder, caption in APART.items():
-        front += [toctree(rooms, caption)] if (rooms := rooms_of(folder)) else []
+        rooms = [n for n in rooms_of(folder) if n not in seen]  # those that no path has
+        front += [toctree(rooms, caption)] if rooms else []
     front.append(toctree(['reference', *pages, 'All names <genindex>'], 'Reference'))
     front.append(toctree(['CONTRIBUTING', 'CHANGELOG'], 'The project'))
     texts = {}

@@ -1400,7 +1400,7 @@ def test_too_few_images_to_hold_any_out():
         (retrieval, 'k must .* got 1.5', dict(k=1.5)),
         (retrieval, "k must .* got '5'", dict(k='5')),
         (retrieval, 'k must .* got 1.5', dict(k=(1, 1.5))),
-        (retrieval, 'k must .* got None', dict(k=None)),
+        (retrieval, 'k must .* got ', dict(k=())),
         (retrieval, 'gallery must .* got None', dict(gallery=None)),
         (logistic, 'wds must .* got 1.0', dict(wds=1.0)),
         (logistic, r'wds must .* got \[None\]', dict(wds=[None])),

@@ -46,8 +46,5 @@ setup(
     long_description=(here / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     zip_safe=False,
-    entry_points={
-        'console_scripts': shlex.split(cfg['console_scripts']),
-        'nbdev': [f'{cfg["lib_path"]}={cfg["lib_path"]}._modidx:d'],
-    },
+    entry_points={'console_scripts': shlex.split(cfg['console_scripts'])},
 )

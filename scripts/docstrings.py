@@ -152,7 +152,7 @@ def written(text):
 
 def is_room(path):
     "Whether a file was exported from a notebook, and is no part of the command line."
-    return path.stem not in ('__init__', '_modidx') and 'commands' not in path.parts
+    return path.stem != '__init__' and 'commands' not in path.parts
 
 
 def main(folder):

@@ -5,9 +5,7 @@ set -euo pipefail
 nbdev_clean
 find ssl_patch -name '*.py' ! -name '__init__.py' -delete
 nbdev_export
-# nbdev indents its index by up to 100 spaces a line
-sed -E 's/^ +/ /' ssl_patch/_modidx.py > ssl_patch/_modidx.tmp
-mv ssl_patch/_modidx.tmp ssl_patch/_modidx.py
+rm -f ssl_patch/_modidx.py  # nbdev's index for its own site; Sphinx writes the one that others can use
 find ssl_patch -mindepth 1 -depth -type d ! -name __pycache__ | while read -r folder; do
   rest=$(find "$folder" -type f ! -name '__init__.py' ! -path '*/__pycache__/*')
   [ -n "$rest" ] || rm -r "$folder"

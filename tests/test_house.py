@@ -42,7 +42,7 @@ def rooms() -> dict:
     "Name of a module ('methods.sce') -> its text, of everything that is exported."
     paths = sorted((ROOT / 'ssl_patch').rglob('*.py'))
     names = {p: '.'.join(p.relative_to(ROOT / 'ssl_patch').with_suffix('').parts) for p in paths}
-    own = {p: n for p, n in names.items() if p.stem not in ('__init__', '_modidx')}
+    own = {p: n for p, n in names.items() if p.stem != '__init__'}
     return {n: p.read_text() for p, n in own.items()}
 
 

@@ -21,6 +21,7 @@ from .fingerprints import in_threads
 from .headers import open_image, quick_header
 from .voc import voc_classes
 from ..ground.checks import nearest, require, require_choice
+from ..ground.files import read_text
 
 # %% ../../nbs/data/22_box_files.ipynb #b1f50006
 class Mended:
@@ -238,7 +239,7 @@ def voc_boxes(
     listing = root / 'ImageSets' / ('Segmentation' if masks else 'Main') / f'{split}.txt'
     if not listing.is_file():
         raise FileNotFoundError(f'split {split!r}: there is no {listing}')
-    names = [line.split()[0] for line in listing.read_text().splitlines() if line.strip()]
+    names = [line.split()[0] for line in read_text(listing).splitlines() if line.strip()]
     require(names, str(listing), 'a list of images', names)
     notes = [root / 'Annotations' / f'{n}.xml' for n in names]
     if lack := [p for p in notes if not p.is_file()]:

@@ -218,8 +218,13 @@ class Clips(Images):
         said = super().content(), self.frames, self.seconds, self.difference
         return hashlib.blake2b(repr(said).encode(), digest_size=8).hexdigest()
 
+    @property
+    def broken(self) -> list:
+        "The numbers of the videos found not to decode, so that others stand in for them."
+        return (self._state == 1).nonzero().flatten().tolist()
+
     def is_broken(self, i) -> bool:
-        "Whether video i was found not to decode, so that another stands in for it."
+        "Whether video i was found not to decode."
         return bool(self._state[i] == 1)
 
     def mark_broken(self, rows: list):

@@ -133,9 +133,11 @@ class Images:
             order = order[self.labels[order] == self.labels[i]]
         yield from order.tolist()
 
+    broken = ()  # numbers of the images found not to decode, so that others stand in for them
+
     def is_broken(self, i) -> bool:
-        "Whether image i could not be decoded, so that another stands in for it."
-        return False
+        "Whether image i was found not to decode."
+        return i in self.broken
 
     def mark_broken(self, rows: list):
         "Know of images that they cannot be decoded, from an earlier look."

@@ -20,6 +20,7 @@ from .headers import open_image
 from .pairs import Pair, find_pairs, match_pairs, open_pairs, settled
 from .voc import voc_classes
 from ..ground.checks import require, require_choice, require_int
+from ..ground.files import read_text
 
 # %% ../../nbs/data/16_masks.ipynb #3a5c0006
 IGNORE = 255  # number of pixels that do not count, in everything that this room gives
@@ -105,7 +106,7 @@ def voc_masks(
                 f'split {part!r}: there is no {listed.relative_to(root.parent)}'
             )
         pairs = []
-        for n, line in enumerate(listed.read_text().splitlines(), 1):
+        for n, line in enumerate(read_text(listed).splitlines(), 1):
             if name := line.strip():
                 files = f'JPEGImages/{name}.jpg', f'{masks}/{name}.png'
                 pairs.append(Pair(*files, f'{listed.name}, line {n}'))

@@ -22,6 +22,7 @@ from .fingerprints import hash_files
 from .headers import open_image
 from .images import Images, TensorImages
 from ..ground.checks import require, require_int
+from ..ground.files import read_text
 from ..ground.text import plain
 
 # %% ../../nbs/data/15_pairs.ipynb #b1b00006
@@ -73,7 +74,7 @@ def read_list(
         of Pair
     """
     path, root = Path(path), Path(root)
-    lines, found, without = path.read_text().splitlines(), [], 0
+    lines, found, without = read_text(path).splitlines(), [], 0
     for n, line in enumerate(lines, 1):
         words, where = line.split(), f'{path.name}, line {n}'
         if len(words) == 3 and words[2].replace('.', '', 1).isdigit():

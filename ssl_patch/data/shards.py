@@ -11,7 +11,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-from .files import short_reason
+from .files import ends_of, short_reason
 from .layout import ENDINGS, split_kind
 from ..ground.checks import require
 
@@ -111,8 +111,7 @@ class ByteShards:
 
     def ends(self, i, n: int = 65536) -> tuple:
         "Length, first and last n bytes of image i, as bytes: what fingerprints are made of."
-        data = self.read(i)
-        return str(len(data)).encode(), data[:n], data[max(n, len(data) - n) :]
+        return ends_of(self.read(i), n)
 
     def pick(self, rows) -> 'ByteShards':
         "The images with these numbers."
@@ -134,9 +133,16 @@ def shards_at(
     """
     if not path.is_dir():
         return [path] if path.suffix.lower() == '.tar' else []
-    inside = [p for p in path.iterdir() if p.name[0] != '.']
-    others = [p for p in inside if p.is_dir() or p.name.lower().endswith(ENDINGS)]
-    return [] if others else sorted(p for p in inside if p.suffix.lower() == '.tar')
+    tars = []
+    with os.scandir(path) as inside:  # one image ends the search: folders of millions are common
+        for p in inside:
+            if p.name[0] == '.':
+                continue
+            if p.is_dir() or p.name.lower().endswith(ENDINGS):
+                return []
+            if p.name.lower().endswith('.tar'):
+                tars.append(Path(p.path))
+    return sorted(tars)
 
 
 def read_shards(

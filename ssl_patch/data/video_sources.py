@@ -25,6 +25,7 @@ from .images import ImageData
 from .layout import VIDEOS, split_kind
 from .video_files import PICTURES
 from ..ground.checks import require, require_choice, require_int, require_number, shown
+from ..ground.files import read_text
 from ..ground.text import plain
 
 # %% ../../nbs/data/27_video_sources.ipynb #4f2319ab
@@ -70,14 +71,6 @@ def _name_of(path):
     return os.path.splitext(os.path.basename(path))[0]
 
 
-def _text(file):
-    "`ValueError` that names the file, if it is no text."
-    try:
-        return file.read_text(encoding='utf-8')
-    except UnicodeDecodeError as e:
-        raise ValueError(f'{file} is no text in UTF-8 ({e.reason} at byte {e.start})') from e
-
-
 def read_ucf101(
     folder: Path,  # with classInd.txt somewhere below
     split: int,  # 1, 2 or 3
@@ -102,7 +95,7 @@ def read_ucf101(
         file = lists / f'{part}list{split:02d}.txt'
         if not file.is_file():
             raise FileNotFoundError(f'split {split} has no list {str(file)!r}')
-        lines = [line.split() for line in _text(file).splitlines() if line.strip()]
+        lines = [line.split() for line in read_text(file).splitlines() if line.strip()]
         parts.append([(words[0], words[0].split('/')[0]) for words in lines])
     return tuple(parts)
 
@@ -126,7 +119,7 @@ def read_hmdb51(
     if not lists:
         raise FileNotFoundError(f'split {split} has no files *{ending} below {str(folder)!r}')
     for file in lists:
-        for line in _text(file).splitlines():
+        for line in read_text(file).splitlines():
             name, _, number = line.strip().rpartition(' ')
             if number in parts:
                 parts[number].append((name.strip(), file.name.removesuffix(ending)))
@@ -162,7 +155,7 @@ def read_kinetics(
             raise FileNotFoundError(
                 f'the lists of Kinetics are not below {str(folder)!r}: no train.csv'
             )
-        rows = list(csv.DictReader(_text(files[0]).splitlines())) if files else []
+        rows = list(csv.DictReader(read_text(files[0]).splitlines())) if files else []
         parts.append([_clip_of(r, f'{files[0]}, line {n}') for n, r in enumerate(rows, 2)])
     return tuple(parts)
 
@@ -229,7 +222,7 @@ def find_layout(
     if next(folder.rglob('*_test_split[123].txt'), None):
         return 'hmdb51'
     for file in folder.rglob('*train*.csv'):
-        if 'youtube_id' in _text(file).partition('\n')[0]:
+        if 'youtube_id' in read_text(file).partition('\n')[0]:
             return 'kinetics'
     return 'folders'
 

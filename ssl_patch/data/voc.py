@@ -14,6 +14,7 @@ import torch
 from .files import ByteFiles, FileImages
 from .images import ImageData
 from ..ground.checks import require
+from ..ground.files import read_text
 
 # %% ../../nbs/data/12_voc.ipynb #a947b576
 voc_classes = (
@@ -32,7 +33,7 @@ def _from_class_files(files, split, names):
     "(n,20) of 1, 0, -1 (only difficult ones) from the files per class."
     tables = []
     for f in files:
-        lines = [line.split()[:2] for line in f.read_text().splitlines() if line.strip()]
+        lines = [line.split()[:2] for line in read_text(f).splitlines() if line.strip()]
         tables.append(dict(lines))
     lack = [n for n in names for t in tables if n not in t]
     if lack:
@@ -64,7 +65,7 @@ def _voc_split(root, split, difficult):
         raise FileNotFoundError(
             f'split {split!r}: there is no {listed.relative_to(root.parent)} in the VOC folder'
         )
-    names = [line.split()[0] for line in listed.read_text().splitlines() if line.strip()]
+    names = [line.split()[0] for line in read_text(listed).splitlines() if line.strip()]
     if not names:
         raise ValueError(f'split {split!r}: its list is empty')
     files = _class_files(root, split)

@@ -154,7 +154,7 @@ def load_or_extract(
         x, broken = found
     if x is None:
         x = extract(encoder, store, **how)[0]
-        broken = [i for i in range(len(store)) if store.is_broken(i)]
+        broken = store.broken
         if file:
             _write_features(file, x, broken)
     elif broken:

@@ -107,7 +107,8 @@ def embed_folder(
     with warnings.catch_warnings():  # each broken file would be a warning of its own
         warnings.filterwarnings('ignore', message='.*another image stands in for it')
         z = extract(encoder, store, batch_size, layer, device, workers, size, resize)[0]
-    bad = torch.tensor([store.is_broken(i) for i in range(len(paths))])
+    bad = torch.zeros(len(paths), dtype=torch.bool)
+    bad[store.broken] = True
     about = dict(folder=folder.name, encoder=architecture(encoder), layer=layer)
     about |= dict(size=size or getattr(encoder, 'size', None), card=getattr(encoder, 'card', {}))
     kept, broken = ([p for p, b in zip(paths, bad) if b == w] for w in (False, True))

@@ -12,6 +12,7 @@ import torch
 
 from ..data.images import Images
 from ..ground.checks import require, require_choice, require_number
+from ..ground.files import read_text
 
 # %% ../../nbs/transfer/01_labels.ipynb #710d3d45
 def label_fraction(
@@ -83,5 +84,5 @@ def _lines_of(names):
     if isinstance(names, (str, Path)):
         found = Path(names).expanduser().is_file()
         require(found, 'names', 'file names, or a text file of them', f'{names}: no such text file')
-        names = Path(names).expanduser().read_text().splitlines()
+        names = read_text(Path(names).expanduser()).splitlines()
     return [n.strip() for n in names if n.strip()]

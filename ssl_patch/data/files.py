@@ -278,10 +278,6 @@ class FileImages(Images):
         "The numbers of the images found not to decode, so that others stand in for them."
         return self._broken.nonzero().flatten().tolist()
 
-    def is_broken(self, i) -> bool:
-        "Whether image i was found not to decode."
-        return bool(self._broken[i])
-
     def mark_broken(self, rows: list):
         "Know of images that they cannot be decoded, from an earlier look."
         self._broken[rows] = True

@@ -135,10 +135,6 @@ class Images:
 
     broken = ()  # numbers of the images found not to decode, so that others stand in for them
 
-    def is_broken(self, i) -> bool:
-        "Whether image i was found not to decode."
-        return i in self.broken
-
     def mark_broken(self, rows: list):
         "Know of images that they cannot be decoded, from an earlier look."
 

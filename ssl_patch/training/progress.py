@@ -282,7 +282,7 @@ def plot_curves(
         title: of the figure
     """
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogFormatter, MaxNLocator
 
     has = lambda k: any(h.get(k) is not None for h in history)
 
@@ -294,25 +294,27 @@ def plot_curves(
 
     patches, knn = has('patch_sim_within'), has('knn')
     panels = 3 + patches + knn
-    fig, axs = plt.subplots(1, panels, figsize=(4 + 2 * panels, 2.6))
+    rows, columns = (1, 3) if panels == 3 else (2, 2 if panels == 4 else 3)
+    fig = plt.figure(figsize=(9, 2.7 * rows), layout='constrained')
+    axs = [fig.add_subplot(rows, columns, i + 1) for i in range(panels)]
     draw(axs[0], 'loss', label='loss')
     axs[0].set(title='loss')
     for k, label in (('image_loss', 'of images'), ('patch_loss', 'of patches')):
         if has(k):
             draw(axs[0], k, '--', lw=0.9, label=label)
-            axs[0].legend(fontsize=7)
+            axs[0].legend(fontsize=9)
     if chance:
         axs[0].axhline(chance, ls=':', c='grey')
         place = dict(xytext=(0, -10), textcoords='offset points', ha='right')
-        axs[0].annotate('chance', (history[-1]['epoch'], chance), **place, fontsize=8, color='grey')
+        axs[0].annotate('chance', (history[-1]['epoch'], chance), **place, fontsize=9, color='grey')
     draw(axs[1], 'pos_sim', label='positive pairs')
     draw(axs[1], 'neg_sim', label='different images')
     draw(axs[1], 'key_std', label='spread of keys')
     axs[1].set(title='similarity', ylim=(-0.2, 1.15))
-    draw(axs[2], 'rank', label='effective rank of features')
+    draw(axs[2], 'rank', label='directions in use (rank)')
     if has('entropy'):
-        draw(axs[2], 'entropy', f=math.exp, label='candidates that share the labels')
-    axs[2].set(title='how many', yscale='log', ylim=(0.9, None))
+        draw(axs[2], 'entropy', f=math.exp, label='answers that share a label')
+    axs[2].set(title='how many of them', yscale='log', ylim=(0.9, None))
     axs[2].yaxis.set_major_formatter(LogFormatter())  # 4, where the default writes 4 x 10^0
     axs[2].yaxis.set_minor_formatter(LogFormatter())
     if patches:
@@ -323,12 +325,12 @@ def plot_curves(
         draw(axs[-1], 'knn', 'o-', ms=3)
         axs[-1].set(title='kNN top-1, subset')
     for ax in axs[1 : panels - knn]:
-        ax.legend(fontsize=7)
+        ax.legend(fontsize=9)
     for ax in axs:
         ax.set_xlabel('epoch')
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     if title:
-        fig.suptitle(title, fontsize=10)
-    fig.tight_layout()
+        fig.suptitle(title, fontsize=12)
     plt.close(fig)
     return fig
 

@@ -16,35 +16,15 @@ from ..ground.text import repr_markdown
 from ..models.encoders import ResNet, ViT
 from ..models.interface import Encoder
 from ..models.heads import Tower, mlp_heads
-from ssl_patch.models.momentum import (
-    Queue,
-    SplitBatchNorm,
-)
-from ssl_patch.methods.branches import (
-    make_keys,
-    make_queries,
-    output_dim,
-    pair_stats,
-    views_to_see,
-)
-from ssl_patch.methods.patch_loss import (
-    PatchLoss,
-    PatchLosses,
-    ViewOutputs,
-    check_patch_loss,
-    patch_head,
-)
+from ..models.momentum import Queue, SplitBatchNorm
+from .branches import make_keys, make_queries, output_dim, pair_stats
+from .branches import views_to_see
+from .patch_loss import PatchLoss, PatchLosses, ViewOutputs
+from .patch_loss import check_patch_loss, patch_head
 from .configs import TrainConfig
 from .contrast import InfoNCELoss, label_entropy
-from ssl_patch.methods.trials import (
-    check_slot_types,
-    check_views,
-    describe,
-    require_arguments,
-    try_loss,
-    try_patch_loss,
-    try_sampler,
-)
+from .trials import check_slot_types, check_views, describe, require_arguments
+from .trials import try_loss, try_patch_loss, try_sampler
 
 # %% ../../nbs/methods/01_method.ipynb #36b7fca4
 class Method(nn.Module):

@@ -19,6 +19,7 @@ from ssl_patch.methods.repco import RepCo
 from ssl_patch.methods.ressl import ReSSL
 from ssl_patch.methods.sce import SCE, SCELoss
 from ssl_patch.models.encoders import resnet, vit
+from ssl_patch.models.heads import mlp
 from ssl_patch.training.pretrain import Pretrainer
 from ssl_patch.views.augmentations import aug_weak
 
@@ -67,17 +68,41 @@ METHODS = dict(
     aps_ema=lambda: APS(tokens(), momentum=0.9, **heads),
     local_to_global=lambda: LocalToGlobal(tokens(), image_weight=0.5, num_patches=5, **heads),
     learning_keys=learning_keys,
+    # a batch in two parts
+    sce_in_parts=lambda: SCE(tokens(), queue=40),
+    aps_in_parts=lambda: APS(tokens(), **heads),
+    densecl_batch_in_parts=lambda: DenseCL(
+        tokens(), queue=40, patch_loss=PatchLosses(DenseCLLoss())
+    ),
+    learning_keys_in_parts=learning_keys,
 )
 
 
-def two_steps(name):
+def without_norm(method, **options):
+    "A method of a queue, with a head and an encoder without batch-norm."
+    head = mlp(16, 16, 8, norm=False, last_norm=False, bias=True)
+    return method(tokens(), queue=40, projector=head, **options)
+
+
+METHODS_WITHOUT_NORM = dict(
+    moco_v2_without_norm=lambda: without_norm(MoCoV2),
+    moco_v2_symmetric_without_norm=lambda: without_norm(MoCoV2, symmetric=True),
+    co2_without_norm=lambda: without_norm(CO2),
+    sce_without_norm=lambda: without_norm(SCE),
+    ressl_without_norm=lambda: without_norm(ReSSL),
+    densecl_without_norm=lambda: without_norm(DenseCL),
+)
+
+
+def two_steps(name, **options):
     "Losses, gradients of the last step, the whole state, and what is noted of the epoch."
     torch.manual_seed(0)
-    method = METHODS[name]().double()
+    method = (METHODS | METHODS_WITHOUT_NORM)[name]().double()
     # blurred pieces are cut by the batch, which float32 shows in its last digit
     method.augmentations = tuple(replace(a, blur_p=0.0) for a in method.augmentations)
     how = dict(epochs=1, batch_size=16, progress='quiet', bf16=False, device='cpu')
-    run = Pretrainer(method, images(pixels), **how)
+    how['accumulate'] = 2 if name.endswith('_in_parts') else 1
+    run = Pretrainer(method, images(pixels), **how | options)
     batches, add, losses = run.loader.epoch, run.meter.add, []
 
     def epoch(number, start=0):
@@ -100,6 +125,13 @@ def two_steps(name):
         next=[q.next for q in run.method.queues()],
         row=run.history[0],
     )
+
+
+def apart(a, b):
+    "The largest difference of two dicts of tensors, of what they are where that is above 1."
+    assert a.keys() == b.keys()
+    far = lambda x, y: (x - y).abs().max() / x.abs().max().clamp(min=1)
+    return max(far(a[k].double(), b[k].double()).item() for k in a)
 
 
 if __name__ == '__main__':

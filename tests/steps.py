@@ -1,4 +1,4 @@
-"Tiny encoders, views of noise, plain losses, and a stop: for tests that make steps of methods."
+"Tiny encoders, views of noise, plain losses, states, and a stop: for tests that make steps."
 
 import os
 import signal
@@ -42,6 +42,25 @@ def said(call, words):
         assert not missing, f'{missing} not in: {e}'
         return True
     return False
+
+
+def same(a, b):
+    "Equal nested states, tensors to the bit."
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def state(run):
+    "All that a run is, without what depends on the clock."
+    s = run.state_dict()
+    s.pop('seconds')
+    s['history'] = [
+        {k: v for k, v in h.items() if k not in ('seconds', 'images_per_s')} for h in s['history']
+    ]
+    return s
 
 
 class StopAt:

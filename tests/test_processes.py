@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from several import METHODS, two_steps
+from several import METHODS, apart, two_steps
 
 from ssl_patch.cli import main
 from ssl_patch.data.sources import images
@@ -30,13 +30,6 @@ def torchrun(number, *words, **kw):
     return subprocess.Popen([*start, '--standalone', *map(str, words)], **how | kw)
 
 
-def apart(a, b):
-    "The largest difference of two dicts of tensors, of what they are where that is above 1."
-    assert a.keys() == b.keys()
-    far = lambda x, y: (x - y).abs().max() / x.abs().max().clamp(min=1)
-    return max(far(a[k].double(), b[k].double()).item() for k in a)
-
-
 @pytest.fixture(scope='module')
 def one():
     "What one process makes, by method."
@@ -51,7 +44,7 @@ def one():
 
 
 @pytest.mark.parametrize(
-    'number, names', [(2, list(METHODS)), (4, ['moco_v2', 'aps', 'repco_moco_v3'])]
+    'number, names', [(2, list(METHODS)), (4, ['moco_v2', 'aps', 'repco_moco_v3', 'aps_in_parts'])]
 )
 def test_several_processes_are_one(number, names, one, tmp_path):
     "Losses, gradients, queues, weights and running statistics, and the same on every rank."
@@ -72,6 +65,31 @@ def test_several_processes_are_one(number, names, one, tmp_path):
         for other in others:
             assert apart(zero['state'], other['state']) == 0, name
             assert apart(zero['grad'], other['grad']) == 0, name
+
+
+def test_processes_speak_once_a_step(tmp_path):
+    "Of a batch in parts the gradients are exchanged with the last one."
+    process = script(
+        tmp_path,
+        2,
+        """
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+    for parts in 1, 2:
+        run, calls = make(epochs=1, accumulate=parts, progress='quiet'), []
+
+        def counted(state, bucket):
+            calls.append(len(bucket.gradients()))
+            return allreduce_hook(state, bucket)
+
+        run.step.register_comm_hook(None, counted)
+        run.fit()
+        print(f'rank {ranks()[0]}: {parts} parts, {len(calls)} exchanges', flush=True)
+    """,
+    )
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, text
+    said = re.findall(r'rank .: (\d) parts, (\d+) exchanges', text)
+    assert len(said) == 4 and len({n for _, n in said}) == 1, text
 
 
 SETUP = """

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from steps import StopAt
+from steps import StopAt, same, state
 
 from ssl_patch.data.sources import images
 from ssl_patch.ground import files
@@ -42,23 +42,6 @@ from ssl_patch.training.progress import (
 def files_in(folder):
     "Names of the files of a run; its lock is none."
     return {f.name for f in folder.iterdir() if f.name != '.lock'}
-
-
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-def state(run):
-    s = run.state_dict()
-    s.pop('seconds')
-    s['history'] = [
-        {k: v for k, v in h.items() if k not in ('seconds', 'images_per_s')} for h in s['history']
-    ]
-    return s
 
 
 @pytest.mark.parametrize(

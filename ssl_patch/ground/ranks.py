@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['TIMEOUT', 'ranks', 'begin_ranks', 'end_ranks', 'own_device', 'own_rows', 'in_order', 'gather', 'mean_of_ranks',
-           'seed_ranks', 'rand', 'order', 'parallel', 'agreed', 'by_zero', 'zero_first', 'wait_for_all', 'leave_word',
-           'word_left', 'told_by_others', 'together']
+           'seed_ranks', 'rand', 'order', 'parallel', 'unsynced', 'agreed', 'by_zero', 'zero_first', 'wait_for_all',
+           'leave_word', 'word_left', 'told_by_others', 'together']
 
 # %% ../../nbs/ground/05_ranks.ipynb #d5000002
 import atexit
 import os
 import sys
 import warnings
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from inspect import signature
 
@@ -257,6 +257,20 @@ def parallel(
     old = 'broadcast_buffers'  # buffers are the same, or settled by the run
     name = 'forward_sync_buffers' if 'forward_sync_buffers' in takes else old
     return DistributedDataParallel(module, find_unused_parameters=idle, **{name: False})
+
+
+def unsynced(
+    module: nn.Module,  # as `parallel` gave it
+    now: bool = True,  # False: as ever
+):  # a context
+    """Inside, backward adds to the gradients of this process; the next one outside averages them.
+
+    Args:
+        module: as `parallel` gave it
+        now: False: as ever
+    """
+    wrapped = isinstance(module, DistributedDataParallel)
+    return module.no_sync() if wrapped and now else nullcontext()
 
 
 def agreed(

@@ -22,6 +22,7 @@ class TrainConfig:
     Args:
         epochs: passes over the data
         batch_size: images per loaded batch
+        accumulate: parts that a batch goes through the network in, for one step
         optimizer: 'adamw', 'sgd' or 'lars'
         base_lr: learning rate per 256 images: lr = base_lr x batch_size / 256
         weight_decay: on all parameters, or on matrices only: see `decay_all`
@@ -36,6 +37,7 @@ class TrainConfig:
 
     epochs: int = 200  # passes over the data
     batch_size: int = 256  # images per loaded batch
+    accumulate: int = 1  # parts that a batch goes through the network in, for one step
     optimizer: str = 'adamw'  # 'adamw', 'sgd' or 'lars'
     base_lr: float = 1e-3  # learning rate per 256 images: lr = base_lr x batch_size / 256
     weight_decay: float = 0.05  # on all parameters, or on matrices only: see `decay_all`

@@ -142,6 +142,7 @@ class Method(nn.Module):
         views: list,  # one `View` per augmentation
         keeps: list | None = None,  # patch numbers (B,k) per view, of `draw_patches`; None: all
         progress: float = 0.0,  # part of training that is done, 0 to 1
+        more: bool = False,  # whether a part of the same batch was asked about just before
     ) -> tuple:  # (scalar loss, dict of scalars to log)
         """The loss of one step. Call `after_step` once the optimiser has moved.
 
@@ -149,12 +150,14 @@ class Method(nn.Module):
             views: one `View` per augmentation
             keeps: patch numbers (B,k) per view, of `draw_patches`; None: all
             progress: part of training that is done, 0 to 1
+            more: whether a part of the same batch was asked about just before
 
         Returns:
             (scalar loss, dict of scalars to log)
         """
         self.check_queues(len(views[0]))
-        queries, keys = self.queries_and_keys(views, keeps or [None] * len(views), progress)
+        done = None if more else progress  # the key encoder moves once a step
+        queries, keys = self.queries_and_keys(views, keeps or [None] * len(views), done)
         key_views = sorted({b for _, b in self.view_pairs})
         learn = not self.stop_gradient
         all_keys = {b: gather(keys[b].image, learn) for b in key_views}  # of all processes
@@ -163,12 +166,17 @@ class Method(nn.Module):
 
         a, b = pairs[0]
         log = pair_stats(gather(queries[a].image.detach()), all_keys[b])
-        self.pending_keys = []
+        pending = []
         if self.queue:
-            self.pending_keys.append(torch.cat([in_order(k.detach()) for k in all_keys.values()]))
+            pending.append(torch.cat([in_order(k.detach()) for k in all_keys.values()]))
         if self.patch_queue:
             means = [in_order(gather(keys[v].mean.detach())) for v in key_views]
-            self.pending_keys.append(torch.cat(means))
+            pending.append(torch.cat(means))
+        if more:  # view by view, as of a whole batch
+            halves = zip(self.pending_keys, pending)
+            by_view = [zip(*(keys.chunk(len(key_views)) for keys in pair)) for pair in halves]
+            pending = [torch.cat([keys for view in views for keys in view]) for views in by_view]
+        self.pending_keys = pending
         if self.log_features:
             self.note_features(queries[a], all_keys[b])
         if self.patch_loss is None:
@@ -180,7 +188,8 @@ class Method(nn.Module):
         return self.loss_scale * self.patch_loss.mix(loss, patch_loss, progress), log
 
     def queries_and_keys(self, views, keeps, progress):
-        "Two dicts, view number -> `Projections` of unit rows: of the queries, and of the keys."
+        """Two dicts, view number -> `Projections` of unit rows: of the queries, and of the keys.
+        The key encoder stays where `progress` is None."""
         see = self.views_to_see
         learning = see['query'] if self.key_encoder else sorted({*see['query'], *see['key']})
         projections = {v: self.tower(views[v].x, keeps[v]) for v in learning}
@@ -189,7 +198,8 @@ class Method(nn.Module):
         if self.key_encoder is None:
             keys = {v: make_keys(projections[v], self.stop_gradient) for v in see['key']}
             return queries, keys
-        if self.key_encoder.ema_update == 'before' and self.training:
+        moves = self.key_encoder.ema_update == 'before' and progress is not None
+        if moves and self.training:
             self.key_encoder.update(self.tower, progress)
         return queries, {v: make_keys(self.key_encoder(views[v].x, keeps[v])) for v in see['key']}
 
@@ -249,6 +259,7 @@ class Method(nn.Module):
         self,
         num_images: int,  # in the data set
         batch_size: int,  # images per loaded batch, of all processes
+        parts: int = 1,  # that it goes through the network in
     ):
         """Before training: a queue without a size takes one that suits the data.
         `ValueError` for a batch that queue or batch-norm cannot take.
@@ -256,17 +267,19 @@ class Method(nn.Module):
         Args:
             num_images: in the data set
             batch_size: images per loaded batch, of all processes
+            parts: that it goes through the network in
         """
         for queue in self.queues():
             queue.set_data_size(num_images, self.keys_per_step(batch_size))
-        splits = self.bn_splits
-        fits = splits == 1 or (batch_size % splits == 0 and batch_size > splits)
-        what = f'a multiple of {splits}, at least {2 * splits}, for batch-norm in {splits} groups'
+        splits, size = self.bn_splits, ranks()[1]
+        n, times = splits * parts, f' times accumulate={parts}' if parts > 1 else ''
+        fits = splits == 1 or (batch_size % n == 0 and batch_size > n)
+        what = f'a multiple of {n}, at least {2 * n}, for batch-norm in {splits} groups{times}'
         require(fits, 'batch_size', what, batch_size)
-        size = ranks()[1]
         if size > 1:
-            what = f'a multiple of {size}, the processes, at least {2 * size}'
-            require(batch_size % size == 0 and batch_size > size, 'batch_size', what, batch_size)
+            n = size * parts
+            what = f'a multiple of {n}, the processes{times}, at least {2 * n}'
+            require(batch_size % n == 0 and batch_size > n, 'batch_size', what, batch_size)
             what = f'1, or a multiple of {size}, the processes'
             require(splits == 1 or splits % size == 0, 'bn_splits', what, splits)
             if self.queue is None or getattr(self.loss, 'in_batch', False):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['graceful_stop', 'Stopped', 'end_by_signal', 'in_training', 'begin_run', 'stop_run', 'as_identity', 'require_same_run',
-           'settled_bf16', 'versions', 'provenance', 'continuation', 'said_of']
+           'settled_bf16', 'versions', 'provenance', 'continuation', 'take_up', 'said_of']
 
 # %% ../../nbs/training/02_checkpoint.ipynb #71280446
 import json
@@ -343,6 +343,27 @@ def continuation(
     """
     now = dict(batches=batches, changed=changed, **provenance(device))
     return json.loads(as_json(now))  # plain data, which any checkpoint may hold
+
+
+def take_up(
+    run,  # that goes on: with `identity`, `continued`, `device` and `progress`
+    state: dict,  # of its checkpoint
+    free=(),  # dotted names of what may differ
+    defaults: dict | None = None,  # as of `require_same_run`
+):
+    """`ValueError` where a state belongs to another run; what differs is noted and said.
+
+    Args:
+        run: that goes on: with `identity`, `continued`, `device` and `progress`
+        state: of its checkpoint
+        free: dotted names of what may differ
+        defaults: as of `require_same_run`
+    """
+    changed = require_same_run(run.identity(), state.get('identity', {}), defaults, free)
+    run.continued = list(state.get('continued', []))
+    if changed:
+        run.continued.append(continuation(state['batches'], changed, run.device))
+        run.progress.say(said_of(run.continued[-1]))
 
 
 def said_of(

@@ -23,6 +23,7 @@ from ssl_patch.ground.ranks import (
     parallel,
     ranks,
     seed_ranks,
+    unsynced,
     wait_for_all,
 )
 from ..ground.text import plain, repr_markdown
@@ -34,13 +35,11 @@ from ..models.interface import spec_of
 from ssl_patch.training.checkpoint import (
     as_identity,
     begin_run,
-    continuation,
     in_training,
     provenance,
-    require_same_run,
-    said_of,
     settled_bf16,
     stop_run,
+    take_up,
 )
 from .run_folder import open_run
 from .optim import Schedule, make_grad_clip, make_optimizer
@@ -137,7 +136,7 @@ class Pretrainer:
         require_int(keep_every, 'keep_every', least=0)
         require_choice(bf16, 'bf16', (None, True, False))
         require_int(knn_every, 'knn_every', least=0, optional=True)
-        method.set_data_size(len(data.train), config.batch_size)
+        method.set_data_size(len(data.train), config.batch_size, config.accumulate)
         how = dict(seed=seed, device=self.device, workers=workers, share=ranks())
         self.loader = view_loader(data.train, method.augmentations, config.batch_size, **how)
         where = self.device if ranks()[1] == 1 else 'cpu'
@@ -211,12 +210,15 @@ class Pretrainer:
         self,
         views: list,  # one `View` per augmentation
     ):
-        """One loaded batch: a forward, a backward and an optimiser step for each draw of patches.
+        """One loaded batch: a forward, a backward and an optimiser step for each draw of patches;
+        of a batch in several parts a forward and a backward for each part.
 
         Args:
             views: one `View` per augmentation
         """
         done, phase = self.batches / self.total, self.loader.phase
+        parts, bf16 = self.train_config.accumulate, (torch.bfloat16, self.bf16)
+        own = len(views[0]) // parts
         phase('sample')
         self.schedule(self.optimizer, self.batches)
         keys = self.seed, 1, self.batches  # of drop-path and the like, another on every rank
@@ -224,19 +226,23 @@ class Pretrainer:
         generator = torch.Generator(self.device).manual_seed(seed_for(self.seed, 2, self.batches))
         self.method.log_features = (self.batches + 1) % len(self.loader) == 0  # an epoch's last
         for keeps in self.method.draw_patches(views, generator):
-            phase('forward')
-            with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16):
-                loss, log = self.step(views, keeps, done)
-            phase('backward')
             self.optimizer.zero_grad()
-            loss.backward()
+            for i in range(parts):
+                phase('forward')
+                rows = slice(i * own, (i + 1) * own)
+                part = [v.rows(rows) for v in views], [k if k is None else k[rows] for k in keeps]
+                with unsynced(self.step, i + 1 < parts):
+                    with torch.autocast(torch.device(self.device).type, *bf16):
+                        loss, log = self.step(*part, done, i > 0)
+                    phase('backward')
+                    (loss / parts).backward()
+                self.meter.add(self.batches, loss, **log)
             phase('optimiser')
             if self.grad_clip:
                 self.grad_clip()
             self.optimizer.step()
             phase('bookkeeping')
             self.method.after_step(done)  # keys enter the queue, the key encoder follows
-            self.meter.add(self.batches, loss, **log)
         self.batches += 1
         self.progress.batch(self.batches)
         if self.batches % 50 == 0:
@@ -342,7 +348,8 @@ class Pretrainer:
 
     def curves(self):
         "Loss, similarities and kNN so far, as a figure."
-        chance = self.method.chance(self.train_config.batch_size)
+        c = self.train_config
+        chance = self.method.chance(c.batch_size // c.accumulate)
         return plot_curves(self.history, chance, f'{self.method.name} on {self.data.name}')
 
     def run_config(self) -> dict:
@@ -410,11 +417,7 @@ class Pretrainer:
         free = ['data.name', 'bf16', 'threads', 'processes']
         if self.epochs > json.loads(theirs.get('train_config', '{}')).get('epochs', math.inf):
             free += ['train_config.epochs', 'train_config.warmup_epochs']
-        changed = require_same_run(self.identity(), theirs, defaults, free)
-        self.continued = list(state.get('continued', []))
-        if changed:
-            self.continued.append(continuation(state['batches'], changed, self.device))
-            self.progress.say(said_of(self.continued[-1]))
+        take_up(self, state, free, defaults)
         self.method.load_state_dict(state['method'])
         self.optimizer.load_state_dict(state['optimizer'])
         self.meter.load_state_dict(state['meter'])

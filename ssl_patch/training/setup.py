@@ -125,13 +125,19 @@ def resolve_config(
     """
     require_known(changes, 'training', TrainConfig.__dataclass_fields__)
     config = replace(method.train_config, **changes)
+    require_int(config.accumulate, 'accumulate', least=1)
     if epochs is None:
         epochs = config.epochs
     if batch_size is None:  # split batch-norm wants at least two images in a part
-        fit = max(2 * method.bn_splits, 2 ** int(math.log2(max(n / 16, 2))))
+        least = 2 * method.bn_splits * config.accumulate
+        fit = max(least, 2 ** int(math.log2(max(n / 16, 2))))
         batch_size = min(config.batch_size, fit)
     require_int(epochs, 'epochs', least=1)
     require_int(batch_size, 'batch_size', least=2)
+    parts = config.accumulate
+    even = batch_size % parts == 0 and batch_size >= 2 * parts
+    what = f'a multiple of accumulate={parts}, at least {2 * parts}'
+    require(even, 'batch_size', what, batch_size)
     require_number(config.grad_clip, 'grad_clip', above=0, optional=True)
     require_number(config.grad_clip_growth, 'grad_clip_growth', above=1, optional=True)
     require_choice(config.schedule, 'schedule', ('step', 'epoch'))

@@ -30,13 +30,11 @@ from ..ground.text import plain, repr_markdown
 from ssl_patch.training.checkpoint import (
     as_identity,
     begin_run,
-    continuation,
     in_training,
     provenance,
-    require_same_run,
-    said_of,
     settled_bf16,
     stop_run,
+    take_up,
 )
 from ..training.run_folder import open_run
 from ssl_patch.training.progress import (
@@ -424,11 +422,7 @@ class FineTuner:
         theirs, free = state.get('identity', {}), ['data.name', 'bf16', 'threads']
         if self.epochs > json.loads(theirs.get('finetune_config', '{}')).get('epochs', math.inf):
             free.append('finetune_config.epochs')
-        changed = require_same_run(self.identity(), theirs, may_differ=free)
-        self.continued = list(state.get('continued', []))
-        if changed:
-            self.continued.append(continuation(state['batches'], changed, self.device))
-            self.progress.say(said_of(self.continued[-1]))
+        take_up(self, state, free)
         self.model.load_state_dict(state['model'])
         self.optimizer.load_state_dict(state['optimizer'])
         self.meter.load_state_dict(state['meter'])

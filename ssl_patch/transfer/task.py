@@ -23,13 +23,11 @@ from ..ground.text import plain, repr_markdown
 from ssl_patch.training.checkpoint import (
     as_identity,
     begin_run,
-    continuation,
     in_training,
     provenance,
-    require_same_run,
-    said_of,
     settled_bf16,
     stop_run,
+    take_up,
 )
 from ssl_patch.training.progress import (
     Meter,
@@ -403,11 +401,7 @@ class TaskTuner:
         theirs, free = state.get('identity', {}), ['data.name', 'bf16', 'threads']
         before, now = json.loads(theirs.get('task_config', '{}')), self.config.settings()
         free += [f'task_config.{k}' for k in ('epochs', 'steps') if _longer(before, now, k)]
-        changed = require_same_run(self.identity(), theirs, may_differ=free)
-        self.continued = list(state.get('continued', []))
-        if changed:
-            self.continued.append(continuation(state['batches'], changed, self.device))
-            self.progress.say(said_of(self.continued[-1]))
+        take_up(self, state, free)
         self.model.load_state_dict(state['model'])
         self.optimizer.load_state_dict(state['optimizer'])
         self.meter.load_state_dict(state['meter'])

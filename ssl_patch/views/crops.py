@@ -6,7 +6,7 @@
 __all__ = ['View', 'central_box', 'random_boxes', 'whole_boxes', 'crop_matrix', 'crop_axes', 'crop_by_matrix', 'resized_crop']
 
 # %% ../../nbs/views/01_crops.ipynb #d3a633b6
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +47,17 @@ class View:
         "The same view on another device"
         parts = (self.x, self.box, self.flip, self.turn)
         return View(*(t if t is None else t.to(device, non_blocking=non_blocking) for t in parts))
+
+    def rows(
+        self,
+        which,  # numbers, or a slice
+    ) -> 'View':
+        """Some of the images
+
+        Args:
+            which: numbers, or a slice
+        """
+        return replace(self, **{k: v[which] for k, v in vars(self).items() if v is not None})
 
     def symmetry(
         self,

@@ -194,7 +194,7 @@ class Pretrainer:
         last = self.epochs if epochs is None else min(self.epochs, first + epochs)
         with in_training(self) as stop:
             asked = lambda: agreed(stop[0] if stop else 0)
-            self.begin(last)
+            begin_run(self, last)
             for epoch in range(first, last):
                 for views, _ in self.loader.epoch(epoch, start=self.batches % n):
                     self.train_batch(views)
@@ -247,10 +247,6 @@ class Pretrainer:
         self.progress.batch(self.batches)
         if self.batches % 50 == 0:
             self.check_finite()
-
-    def begin(self, last):
-        "Before the first batch: config.json says what the run is; bar and clock start."
-        begin_run(self, last)
 
     def end_epoch(self, epoch):
         "After an epoch: means, signs of collapse, kNN, checkpoint and curves."

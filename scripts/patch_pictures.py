@@ -25,8 +25,9 @@ from ssl_patch.data.images import resize_center_crop
 from ssl_patch.data.photographs import photo
 from ssl_patch.evaluation.figures import draw_maps, show_patch_pca, similarity_map
 from ssl_patch.methods.branches import make_queries
-from ssl_patch.methods.densecl import match_accuracy, match_patches, show_matches
+from ssl_patch.methods.densecl import match_patches
 from ssl_patch.methods.geometry import true_match
+from ssl_patch.methods.matches import match_accuracy, show_matches
 from ssl_patch.methods.mining import neighbour_masks, repco_pairs, show_pairs
 from ssl_patch.models.interface import pool_patches
 from ssl_patch.models.files import load_encoder

@@ -7,8 +7,9 @@ __all__ = []
 
 # %% ../nbs/samplers.ipynb #c9000003
 from .methods.aps import num_kept, sample_asymmetric, sample_selective, sample_sparse
-from .methods.densecl import match_accuracy, match_patches
+from .methods.densecl import match_patches
 from .methods.geometry import covered_fraction, keep_mask, patch_boxes, true_match
+from .methods.matches import match_accuracy
 from .methods.mining import neighbour_masks, repco_pairs
 
 # %% ../nbs/samplers.ipynb #c9000004

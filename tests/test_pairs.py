@@ -16,7 +16,8 @@ from ssl_patch.methods.mining import (
     show_pairs,
 )
 from ssl_patch.methods.geometry import patch_boxes, true_match
-from ssl_patch.methods.densecl import match_patches, match_accuracy, show_matches
+from ssl_patch.methods.densecl import match_patches
+from ssl_patch.methods.matches import match_accuracy, show_matches
 from ssl_patch.views.crops import View
 
 GRIDS = [(1, 1), (1, 8), (7, 7), (14, 14), (16, 16)]

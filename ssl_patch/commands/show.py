@@ -16,8 +16,9 @@ from ..data.images import resize_center_crop
 from ..evaluation.figures import show_neighbours, show_patch_pca
 from ..ground.checks import require_int
 from ..evaluation.sheet import show_representation
-from ..methods.densecl import DenseCLLoss, match_patches, show_matches
+from ..methods.densecl import DenseCLLoss, match_patches
 from ..methods.geometry import true_match
+from ..methods.matches import show_matches
 from ..methods.mining import show_pairs
 from ..methods.patch_pictures import show_patches
 from ..methods.repco import RepCoLoss

@@ -1,6 +1,7 @@
 "The commands around the package: they do what their help says, and say what is wrong."
 
 import importlib.util
+import io
 import json
 import os
 import re
@@ -96,3 +97,31 @@ def test_trained_encoders_are_those_of_the_script_and_say_what_they_are():
     gain = {n: load_encoder(p).card for n, p in files.items()}
     gain = {n: c['knn'] - c['knn_baselines']['random encoder'] for n, c in gain.items()}
     assert gain['aps_photos'] > 0.1 > 0 > gain['collapsed_photos']
+
+
+def test_a_chart_is_packed_and_a_photograph_is_not():
+    import matplotlib.pyplot as plt
+    import numpy as np
+    from PIL import Image
+
+    packed = script('run_notebooks').packed
+
+    def opened(png):
+        return np.asarray(Image.open(io.BytesIO(png)).convert('RGB')).astype(int)
+
+    def png(fig):
+        kept = io.BytesIO()
+        fig.savefig(kept, format='png')
+        plt.close(fig)
+        return kept.getvalue()
+
+    fig, ax = plt.subplots()
+    ax.plot([0, 1, 0], label='a line')
+    ax.legend()
+    chart = png(fig)
+    assert len(packed(chart)) < len(chart) / 2
+    assert abs(opened(packed(chart)) - opened(chart)).mean() < 0.5
+    fig, ax = plt.subplots()
+    ax.imshow(np.random.default_rng(0).integers(0, 256, (40, 40, 3)))
+    noise = png(fig)
+    assert packed(noise) == noise

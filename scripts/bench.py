@@ -27,10 +27,11 @@ from bench_growth import growth, imports, memory
 from bench_paths import paths
 from bench_report import Report
 from bench_steps import epoch, step
-from bench_views import AUGMENTATIONS, sampler, views
+from bench_views import AUGMENTATIONS, files, sampler, views
 
 COMMANDS = {  # name -> function of (arguments, report), and its usual number of rounds
     'views': (views, 5),
+    'files': (files, 5),
     'sampler': (sampler, 7),
     'step': (step, 5),
     'epoch': (epoch, 3),

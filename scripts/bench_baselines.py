@@ -42,6 +42,13 @@ def torchvision_view(a, first):
     return T.Compose([to_float, *steps] if first else [*steps, to_float])
 
 
+def twice_from_pil(a):
+    "Two such views of a PIL image."
+    *steps, to_float = torchvision_view(a, False).transforms
+    view = T.Compose([*steps, T.ToImage(), to_float])
+    return lambda im: [view(im), view(im)]
+
+
 class Views(torch.utils.data.Dataset):
     "A data set as one writes it for a DataLoader: image `i`, once through every transform."
 

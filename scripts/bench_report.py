@@ -161,6 +161,17 @@ def smooth(n, side, seed=0):
     return (F.interpolate(x, (side, side), mode='bilinear') * 255).byte()
 
 
+def jpegs(folder, n, side, seed=0):
+    "`n` JPEG files in two classes, about `side` pixels, of as many bytes as photographs."
+    from PIL import Image
+
+    for i, x in enumerate(smooth(n, side, seed)):
+        (folder / f'class{i % 2}').mkdir(exist_ok=True)
+        noisy = (x.float() + 8 * torch.randn(x.shape)).clamp(0, 255).byte()
+        picture = Image.fromarray(noisy.permute(1, 2, 0).numpy())
+        picture.save(folder / f'class{i % 2}' / f'{i:05}.jpg', quality=90)
+
+
 def seeded(make, seed=0):
     "What `make` gives from that seed."
     torch.manual_seed(seed)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import bench_baselines as baselines
 import torch
-from bench_report import one_epoch, seeded, smooth, trainer
+from bench_report import jpegs, one_epoch, seeded, smooth, trainer
 
 from ssl_patch.data.sources import images
 from ssl_patch.methods.aps import APS
@@ -139,17 +139,6 @@ def step(a, report):
 
 
 # ---- a whole epoch
-
-
-def jpegs(folder, n, side, seed=0):
-    "`n` JPEG files in two classes, about `side` pixels, of as many bytes as photographs."
-    from PIL import Image
-
-    for i, x in enumerate(smooth(n, side, seed)):
-        (folder / f'class{i % 2}').mkdir(exist_ok=True)
-        noisy = (x.float() + 8 * torch.randn(x.shape)).clamp(0, 255).byte()
-        picture = Image.fromarray(noisy.permute(1, 2, 0).numpy())
-        picture.save(folder / f'class{i % 2}' / f'{i:05}.jpg', quality=90)
 
 
 def epoch(a, report):

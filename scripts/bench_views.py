@@ -1,10 +1,14 @@
 "Views alone, and the sampler of APS, beside what one would otherwise take. For scripts/bench.py."
 
+import tempfile
+from pathlib import Path
+
 import bench_baselines as baselines
 import numpy as np
 import torch
-from bench_report import smooth
+from bench_report import jpegs, smooth
 
+from ssl_patch.data.sources import images
 from ssl_patch.methods.aps import sample_asymmetric
 from ssl_patch.methods.geometry import covered_fraction, keep_mask
 from ssl_patch.views.augmentations import (
@@ -99,6 +103,55 @@ def views(a, report):
                 augmentations=name,
             )
             del works  # and with it the worker processes
+
+
+class Opened(torch.utils.data.Dataset):
+    "Files as torchvision.datasets.ImageFolder opens them: by PIL, then a transform."
+
+    def __init__(self, store, transform):
+        self.files = [Path(store.encoded.folder) / p for p in store.encoded.paths]
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        from PIL import Image
+
+        with Image.open(self.files[i]) as im:
+            return self.transform(im.convert('RGB'))
+
+
+def files(a, report):
+    "Two views of each of many JPEG files that are larger than the views; one process decodes."
+    report.note(
+        'views of MoCo v2; ssl_patch decodes a JPEG 2, 4 or 8 times smaller where no view needs '
+        'more pixels; in full: reduced=False',
+        'torchvision: PIL opens, the transforms of torchvision on PIL images; lightly likewise',
+    )
+    cases = ((128, 32, 8),) if a.small else ((512, 96, 64), (1024, 224, 32), (2048, 224, 16))
+    for side, size, n in cases:
+        aug = aug_moco_v2(size)
+        with tempfile.TemporaryDirectory() as folder:
+            jpegs(Path(folder), n, side)
+            store = images(Path(folder), stream=True).train
+            loaders = {
+                'ssl_patch': ViewLoader(store, [aug, aug], n),
+                'ssl_patch, in full': ViewLoader(store, [aug, aug], n, reduced=False),
+            }
+            theirs = {'torchvision': Opened(store, baselines.twice_from_pil(aug))}
+            if not report.lacks('lightly'):
+                theirs['lightly'] = Opened(store, baselines.lightly_views(aug))
+            works = {k: lambda v=v: [None for _ in v.epoch(0)] for k, v in loaders.items()}
+            works |= {
+                k: lambda v=baselines.data_loader(v, n, 0): [None for _ in v]
+                for k, v in theirs.items()
+            }
+            title = f'two views of {size} px of JPEG files of {side} px'
+            report.time(title, works, [([k], ['ssl_patch'], None) for k in list(works)[1:]], n)
+            pair = [next(v.epoch(0))[0] for v in loaders.values()]
+            away = max((x.x - y.x).abs().mean().item() for x, y in zip(*pair))
+            report.add(f'{title}: mean difference of reduced and full', f'{255 * away:.2f} of 255')
 
 
 def sampler(a, report):

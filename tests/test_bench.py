@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NAMES = ['views', 'sampler', 'step', 'epoch', 'import', 'growth', 'memory', 'paths', 'busy', 'gpu']
+NAMES = 'views files sampler step epoch import growth memory paths busy gpu'.split()
 
 
 def read(file):

@@ -644,3 +644,77 @@ def test_what_a_filter_adds_is_no_reason_to_refuse():
 def test_batches_in_other_shapes_say_the_call_that_mends_them(x, call):
     with pytest.raises(ValueError, match=call):
         make_view(x, A.aug_weak(4), gen())
+
+
+def test_large_files_are_decoded_no_larger_than_their_views_need(tmp_path):
+    "The same boxes, nearly the same views; what is not larger than needed is the same to the bit."
+    from PIL import Image
+
+    from ssl_patch.data.photographs import photo
+    from ssl_patch.data.sources import images
+
+    names = 'astronaut', 'chelsea', 'coffee', 'rocket'
+    for name in names:
+        x = Image.fromarray(photo(name).permute(1, 2, 0).numpy())
+        exif = x.getexif()
+        exif[0x0112] = 6 if name == 'coffee' else 1  # on its side
+        x.save(tmp_path / f'{name}.jpg', quality=95, exif=exif)
+    store = images(tmp_path, stream=True).train
+    read, kept = [], type(store).shrunk
+
+    def counted(self, i, most):
+        found = kept(self, i, most)
+        read.append(found[1])
+        return found
+
+    type(store).shrunk = counted
+    try:
+        for size, smaller in ((16, True), (300, False)):
+            aug = [A.aug_weak(size, scale=(0.2, 1.0)), A.aug_moco_v2(size)]
+            read.clear()
+            (small, rows), (full, same) = (
+                next(ViewLoader(store, aug, 4, seed=1, reduced=r).epoch(0)) for r in (True, False)
+            )
+            assert len(read) == 4 and all((n > 1) == smaller for n in read), read
+            assert torch.equal(rows, same)
+            for a, b in zip(small, full):
+                assert torch.equal(a.box, b.box) and torch.equal(a.flip, b.flip)
+                if smaller:
+                    assert 0 < (a.x - b.x).abs().mean() < 0.02
+                else:
+                    assert torch.equal(a.x, b.x)
+    finally:
+        type(store).shrunk = kept
+
+
+def test_a_view_never_needs_more_pixels_than_a_smaller_image_has():
+    from ssl_patch.views.loader import _CroppedBatches
+
+    aug = [A.aug_weak(32), A.aug_weak(96)]
+    maker = _CroppedBatches([], aug, 0, 3)
+    box = lambda h, w: (torch.tensor([[0.0, 0, h, w]]), None, None)
+    for boxes, n in (
+        ((box(64, 64), box(191, 400)), 1),  # the second view has 96 pixels
+        ((box(64, 64), box(192, 400)), 2),
+        ((box(63, 640), box(800, 800)), 1),
+        ((box(256, 256), box(768, 768)), 8),
+        ((box(9999, 9999), box(9999, 9999)), 8),
+    ):
+        assert maker.smaller(boxes) == n
+
+
+def test_a_broken_large_file_has_a_stand_in(tmp_path):
+    from PIL import Image
+
+    from ssl_patch.data.photographs import photo
+    from ssl_patch.data.sources import images
+
+    for k in range(3):
+        x = Image.fromarray(photo('astronaut').permute(1, 2, 0).numpy())
+        x.save(tmp_path / f'{k}.jpg', quality=90)
+    whole = (tmp_path / '1.jpg').read_bytes()
+    store = images(tmp_path, stream=True).train
+    (tmp_path / '1.jpg').write_bytes(whole[: len(whole) // 3])
+    with pytest.warns(UserWarning, match='1.jpg cannot be decoded'):
+        views, _ = next(ViewLoader(store, [A.aug_weak(16)], 3).epoch(0))
+    assert store.broken == [1] and torch.isfinite(views[0].x).all()

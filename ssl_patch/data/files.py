@@ -12,13 +12,13 @@ import stat
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .decoding import decode, torchvision_op
+from .decoding import decode, decode_shrunk, torchvision_op
 from .images import Images, resize_center_crop
 from ..ground.checks import height_width, require_int, size_words
 from ..ground.threads import stay
@@ -253,6 +253,17 @@ class FileImages(Images):
         return self._skipped + [(self.encoded.name(i), 'cannot be decoded') for i in found]
 
     def __getitem__(self, i: int) -> Tensor:
+        return self._read(i, lambda d: decode(d, self.size, self.bands, self.value_range))
+
+    def shrunk(self, i: int, most: Callable) -> tuple:
+        "Image i as small as `most` allows, how many times smaller, its sides: `decode_shrunk`."
+        if self.size:
+            x = self[i]
+            return x, 1, tuple(x.shape[-2:])
+        return self._read(i, lambda d: decode_shrunk(d, most, self.bands, self.value_range))
+
+    def _read(self, i, decoded):
+        "What a function makes of the bytes of image i, or of the first that can stand in for it."
         i = range(len(self))[int(i)]
         for n, j in enumerate(self.stand_ins(i)):
             if n > 100:
@@ -260,7 +271,7 @@ class FileImages(Images):
             if self._broken[j]:
                 continue
             try:
-                return decode(self.encoded.read(j), self.size, self.bands, self.value_range)
+                return decoded(self.encoded.read(j))
             except Exception as e:
                 self._broken[j] = True
                 name, reason = self.encoded.name(j), short_reason(e)

@@ -125,7 +125,7 @@ def _tell_large(heads, name):
     if area > 2**20:
         h = max(known, key=lambda h: -abs(h.height * h.width - area))
         warnings.warn(
-            f'{name}: images of about {h.width} x {h.height} pixels are decoded whole whenever '
+            f'{name}: images of about {h.width} x {h.height} pixels are decoded anew whenever '
             "they are seen; pack(folder, 'small.npz', short_side=512) makes them small once, and "
             'images(..., size=) holds squares of them in memory',
             stacklevel=4,

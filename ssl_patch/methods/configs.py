@@ -33,6 +33,7 @@ class TrainConfig:
         drops: instead of a cosine: parts of the run after which the rate falls to a tenth
         grad_clip: the largest norm of one parameter's gradient
         grad_clip_growth: largest growth of that norm in a step (history clip)
+        reduced_decoding: JPEGs much larger than the views are decoded smaller
     """
 
     epochs: int = 200  # passes over the data
@@ -48,6 +49,7 @@ class TrainConfig:
     drops: tuple = ()  # instead of a cosine: parts of the run after which the rate falls to a tenth
     grad_clip: float | None = None  # the largest norm of one parameter's gradient
     grad_clip_growth: float | None = None  # largest growth of that norm in a step (history clip)
+    reduced_decoding: bool = True  # JPEGs much larger than the views are decoded smaller
 
 # %% ../../nbs/methods/04_configs.ipynb #f6c202a6
 @dataclass(frozen=True, kw_only=True)

@@ -138,6 +138,7 @@ class Pretrainer:
         require_int(knn_every, 'knn_every', least=0, optional=True)
         method.set_data_size(len(data.train), config.batch_size, config.accumulate)
         how = dict(seed=seed, device=self.device, workers=workers, share=ranks())
+        how |= dict(reduced=config.reduced_decoding)
         self.loader = view_loader(data.train, method.augmentations, config.batch_size, **how)
         where = self.device if ranks()[1] == 1 else 'cpu'
         folder, state = by_zero(lambda: open_run(out, resume, where))

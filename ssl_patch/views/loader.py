@@ -6,6 +6,7 @@
 __all__ = ['seed_for', 'generator_for', 'batches_of_epoch', 'ViewLoader']
 
 # %% ../../nbs/views/04_loader.ipynb #0997f20a
+import functools
 import hashlib
 import warnings
 
@@ -70,10 +71,27 @@ def batches_of_epoch(
 class _CroppedBatches(torch.utils.data.Dataset):
     "What a worker does: decode the images of a batch, and cut one crop of each for every view"
 
-    def __init__(self, store, augmentations, seed, channels):
+    def __init__(self, store, augmentations, seed, channels, reduced=True):
         self.store, self.channels = store, channels
         self.augmentations = augmentations
-        self.seed = seed
+        self.seed, self.reduced = seed, reduced
+
+    def boxes(self, epoch, i, height, width):
+        "Where image i is cut for each view."
+        g = generator_for(self.seed, epoch, 'boxes', i)
+        return [draw_boxes(a, (height, width), g, 1) for a in self.augmentations]
+
+    def smaller(self, boxes):
+        "How many times smaller an image may be with no view larger than what is cut for it."
+        sides = [(box[:, 2:] / a.size).min() for a, (box, *_) in zip(self.augmentations, boxes)]
+        return next((n for n in (8, 4, 2) if n <= min(sides)), 1)
+
+    def opened(self, i, boxes):
+        "Image i, how many times smaller it is than its file says, and the sides that that says."
+        if self.reduced and hasattr(self.store, 'shrunk'):
+            return self.store.shrunk(i, lambda *sides: self.smaller(boxes(*sides)))
+        x = self.store[i]
+        return x, 1, x.shape[-2:]
 
     def __getitem__(self, what):
         epoch, indices = what
@@ -83,12 +101,13 @@ class _CroppedBatches(torch.utils.data.Dataset):
             flips = torch.empty(n, dtype=torch.bool)
             views.append((torch.empty(n, C, a.size, a.size), torch.empty(n, 4), flips, turns))
         for k, i in enumerate(indices):
-            x, g = self.store[i], generator_for(self.seed, epoch, 'boxes', i)
+            drawn = functools.cache(functools.partial(self.boxes, epoch, i))
+            x, smaller, sides = self.opened(i, drawn)
             require(x.ndim == 3 and len(x) == C, f'image number {i} of the data', f'({C},H,W)', x)
-            for a, (crops, boxes, flips, turns) in zip(self.augmentations, views):
-                box, flip, turn = draw_boxes(a, x.shape[-2:], g, 1)
+            for a, one, view in zip(self.augmentations, drawn(*sides), views):
+                (box, flip, turn), (crops, boxes, flips, turns) = one, view
                 mirrored, *aside = crop_axes(flip, turn)
-                crop_one(x, box, a.size, mirrored, crops[k], *aside)
+                crop_one(x, box / smaller, a.size, mirrored, crops[k], *aside)
                 boxes[k], flips[k] = box[0], flip[0]
                 if turns is not None:
                     turns[k] = turn[0]
@@ -106,6 +125,7 @@ class ViewLoader:
         device: where views are made and handed out
         workers: processes that decode, for stores that stream
         share: (rank r, processes W): of a batch the images r, r+W, ... alone
+        reduced: decode JPEGs much larger than the views 2, 4 or 8 times smaller
     """
 
     # told which part of the work begins; a profile puts its clock here
@@ -120,6 +140,7 @@ class ViewLoader:
         device: str = 'cpu',  # where views are made and handed out
         workers: int = 0,  # processes that decode, for stores that stream
         share: tuple = (0, 1),  # (rank r, processes W): of a batch the images r, r+W, ... alone
+        reduced: bool = True,  # decode JPEGs much larger than the views 2, 4 or 8 times smaller
     ):
         alone = not isinstance(augmentations, (list, tuple))
         self.augmentations = [augmentations] if alone else list(augmentations)
@@ -130,6 +151,7 @@ class ViewLoader:
         self.store = store
         self.batch_size = batch_size
         self.share = share
+        self.reduced = reduced
         self.seed = seed
         self.device = torch.device(device)
         self.workers = workers
@@ -191,7 +213,8 @@ class ViewLoader:
 
     def cropper(self):
         "What workers do: batches of crops."
-        return _CroppedBatches(self.store, tuple(self.augmentations), self.seed, self.channels)
+        views = tuple(self.augmentations)
+        return _CroppedBatches(self.store, views, self.seed, self.channels, self.reduced)
 
     def finished(self, parts, augmentation, generator) -> View:
         "A view of the crops of a batch: its colours are changed."

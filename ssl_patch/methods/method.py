@@ -344,7 +344,7 @@ class Method(nn.Module):
         same = f'same network, {"detached" if self.stop_gradient else "with gradient"}'
         return dict(
             augmentations=' / '.join(a.name for a in self.augmentations),
-            patch_sampler='all' if self.patch_sampler is None else repr(self.patch_sampler),
+            patch_sampler='all' if self.patch_sampler is None else describe(self.patch_sampler),
             key_encoder=self.key_encoder.label if self.key_encoder else same,
             queue=' + '.join(candidates),
             loss=describe(self.loss),

@@ -30,6 +30,7 @@ def demo_batches(n, small):
     from ssl_patch.data.sources import images
     from ssl_patch.methods.aps import APS
     from ssl_patch.models.encoders import vit
+    from ssl_patch.training.checkpoint import begin_run
     from ssl_patch.training.pretrain import Pretrainer
 
     torch.manual_seed(0)
@@ -47,7 +48,7 @@ def demo_batches(n, small):
         knn_every=0,
         progress='quiet',
     )
-    run.begin(run.epochs)
+    begin_run(run, run.epochs)
     upcoming, taken = run.loader.epoch(0), []
     for _ in range(n + (not small)):
         begun = time.perf_counter()

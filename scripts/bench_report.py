@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ssl_patch.evaluation.records import hardware
 from ssl_patch.reports.profile import profile_run
 from ssl_patch.reports.timing import in_turn, machine_rates, step_work, time_bound
-from ssl_patch.training.checkpoint import versions
+from ssl_patch.training.checkpoint import begin_run, versions
 from ssl_patch.training.pretrain import Pretrainer
 
 
@@ -182,7 +182,7 @@ def trainer(method, data, **kw):
     "A `Pretrainer` whose batches are trained one by one."
     usual = dict(epochs=10_000, knn_every=0, progress='quiet', overlap='keep')
     run = Pretrainer(method, data, **usual | kw)
-    run.begin(run.epochs)
+    begin_run(run, run.epochs)
     return run
 
 

@@ -23,8 +23,10 @@ from ssl_patch.models.encoders import resnet, vit
 from ssl_patch.models.files import load_encoder, open_encoder, save_encoder
 from ssl_patch.reports.runs import load_run, load_runs
 from ssl_patch.training import pretrain, progress
+from ssl_patch.training.checkpoint import begin_run
 from ssl_patch.training.pretrain import Pretrainer
 from ssl_patch.training.progress import plot_curves
+from ssl_patch.transfer import finetune as tuning
 from ssl_patch.transfer.few_labels import finetune
 from ssl_patch.transfer.finetune import FineTuner
 from ssl_patch.transfer.recipes import FinetuneConfig
@@ -95,7 +97,7 @@ def test_auto_begins_or_goes_on(pretrainer, tmp_path):
 def test_before_the_first_checkpoint(pretrainer, tmp_path, capsys):
     "A kill in the first epoch leaves config.json alone: a resume begins, and says so."
     run = pretrainer(out=tmp_path / 'r')
-    run.begin(1)
+    begin_run(run, 1)
     assert [f.name for f in (tmp_path / 'r').iterdir()] == ['config.json']
     run = pretrainer(out=tmp_path / 'r', resume=True, progress='lines')
     assert run.batches == 0 and 'no checkpoint in' in capsys.readouterr().out
@@ -192,13 +194,12 @@ def test_the_stop_button_in_a_notebook(pretrainer, noise, tmp_path, monkeypatch,
     out = capsys.readouterr().out
     assert len(out.splitlines()) == 1 and 'stopped after batch 2 of 16; checkpoint in' in out
     net = vit(size=16, patch=4, width=32, depth=1, heads=2)
-    begin = FineTuner.begin
 
-    def begin_and_stop(self, last):
-        begin(self, last)
-        self.progress = StopAt(self, 2)
+    def begin_and_stop(run, last):
+        begin_run(run, last)
+        run.progress = StopAt(run, 2)
 
-    monkeypatch.setattr(FineTuner, 'begin', begin_and_stop)
+    monkeypatch.setattr(tuning, 'begin_run', begin_and_stop)
     with pytest.raises(KeyboardInterrupt, match='stopped after batch 2') as e:
         finetune(net, noise, FinetuneConfig(2, 64), progress='quiet')
     assert len(e.value._render_traceback_()) == 1

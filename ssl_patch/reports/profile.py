@@ -15,6 +15,7 @@ import torch
 from ..ground.text import markdown
 from ..ground.checks import require, require_int
 from ..evaluation.records import Table, grid_lines
+from ..training.checkpoint import begin_run
 from ..training.progress import collapse_stats, online_knn
 from ssl_patch.reports.timing import (
     as_ms,
@@ -226,7 +227,7 @@ def profile_run(
     rates, clock, free = rates or machine_rates(run.device), Clock(run.device), Clock()
     try:
         with torch.random.fork_rng():
-            run.begin(run.epochs)
+            begin_run(run, run.epochs)
             upcoming = _upcoming(run)
             _train(run, upcoming, warmup, Clock(run.device))
             views = _train(run, upcoming, batches, clock)

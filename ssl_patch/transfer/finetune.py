@@ -236,7 +236,7 @@ class FineTuner:
         first = self.batches // n
         last = self.epochs if epochs is None else min(self.epochs, first + epochs)
         with in_training(self) as stop:
-            self.begin(last)
+            begin_run(self, last)
             for epoch in range(first, last):
                 for batch, _ in self.loader.epoch(epoch, start=self.batches % n):
                     self.train_batch(batch)
@@ -296,10 +296,6 @@ class FineTuner:
             for x, _ in self.test.batches(self.encoder.size, 256, **how):
                 out += [model(p.float() / 255).float().cpu() for p in batches_of(x, self.device)]
         return torch.cat(out)
-
-    def begin(self, last):
-        "Before the first batch: config.json says what the run is; bar and clock start."
-        begin_run(self, last)
 
     def end_epoch(self, epoch):
         "After an epoch: the mean loss, test accuracy where it is asked for, checkpoint and curves."

@@ -277,13 +277,12 @@ def show_embedding(
         x = store[int(rows[i])]
         return resize_center_crop(x, min(64, *x.shape[-2:]))
 
-    several = len(maps) > 1
     columns = 2 if len(maps) == 4 else min(3, len(maps))
-    wide = (2.5 if several else 3.4) * (1.3 if thumbnails else 1)
-    fig, axs = panels(len(maps), wide, wide + (0.1 if several else -0.35), columns)
+    wide = {1: 7.5, 2: 4.5, 3: 3.2}[columns]
+    fig, axs = panels(len(maps), wide, (wide, wide - 0.7, wide)[columns - 1], columns)
     for ax, (name, (points, shares, colors, legend)) in zip(axs, maps.items()):
         draw_map(ax, points, colors, thumbnail if thumbnails else None)
-        ax.set_title(map_title(name, how, shares), fontsize=8)
+        ax.set_title(map_title(name, how, shares), fontsize=10)
     map_legend(axs[columns - 1], legend)
     note = 'they have no labels' if 'no labels' in legend else data.note
     warning = 'only who is near whom means something here: not distances between groups, '

@@ -123,7 +123,7 @@ def _frame(ax, store, i, color, title):
     ax.set(xticks=[], yticks=[])
     ax.set_title(in_picture(title), fontsize=9, pad=3)
     if store.encoded is not None:
-        ax.set_xlabel(in_picture(_ending(store.encoded.name(i))), fontsize=6, labelpad=1.5)
+        ax.set_xlabel(in_picture(_ending(store.encoded.name(i))), fontsize=9, labelpad=1.5)
     for s in ax.spines.values():
         s.set(color=color, linewidth=2.5 if color != 'none' else 0)
 
@@ -135,7 +135,7 @@ def _frame_color(asked, q, bank, i):
     return RIGHT if asked.labels[q] == bank.labels[i] else WRONG
 
 
-def _ending(name, n=20):
+def _ending(name, n=14):
     "The last of a file name, which tells images apart."
     name = os.path.basename(name)
     return name if len(name) <= n else '…' + name[1 - n :]
@@ -235,7 +235,7 @@ def draw_maps(
     maps, (h, w) = require_columns(maps, 'maps', len(images)), images.shape[2:]
     grey = images.cpu().float().mean(1)
     colors = dict(cmap='inferno', alpha=strength, interpolation='bilinear')
-    words = dict(fontsize=6, color='white', bbox=dict(facecolor='black', alpha=0.6, pad=1, lw=0))
+    words = dict(fontsize=9, color='white', bbox=dict(facecolor='black', alpha=0.6, pad=1, lw=0))
 
     def draw(ax, i, m):
         m = m[i].detach().float().cpu()

@@ -165,7 +165,7 @@ def draw_confusion(
     names = [n if t else f'{n}*' for n, t in zip(names, in_train.tolist())]
     names = [n for n, h in zip(names, there.tolist()) if h]
     title = f'{name}\nkNN accuracy {matrix.trace() / matrix.sum():.3f}, chance {chance:.3f}'
-    ax.set_title(title, fontsize=8)
+    ax.set_title(title, fontsize=10)
     matrix = matrix[there][:, there]
     _draw_matrix(ax, matrix.double() / matrix.sum(1, keepdim=True), names)
     sums = matrix.sum(1).tolist()
@@ -177,18 +177,19 @@ def _draw_matrix(ax, share, names):
     from matplotlib.colors import PowerNorm
 
     C = len(share)
+    inches = ax.figure.get_figwidth() / ax.get_gridspec().ncols / C  # of a class, with its margin
     ax.imshow(share.numpy(), cmap='Blues', norm=PowerNorm(0.5, 0, 1))
     ax.set_facecolor('.9')  # seen where a class has no test images
-    number = dict(ha='center', va='center', fontsize=5.5)
-    for i, j in (share > 0.005).nonzero().tolist() if C <= 15 else []:
+    number = dict(ha='center', va='center', fontsize=9)
+    for i, j in (share > 0.005).nonzero().tolist() if inches > 0.5 else []:
         color = 'white' if share[i, j] > 0.35 else 'black'
         ax.text(j, i, f'{100 * share[i, j]:.0f}', color=color, **number)
     named = range(C if C <= 40 else 0)
-    ticks = dict(labels=names[: len(named)], fontsize=6.5 if C <= 15 else 5)
+    ticks = dict(labels=names[: len(named)], fontsize=9 if C <= 15 else 6)
     ax.set_xticks(named, rotation=90, **ticks)
     ax.set_yticks(named, **ticks)
     ax.tick_params(length=0)
-    ax.set_ylabel(f'true class (of {C})', fontsize=7)
+    ax.set_ylabel(f'true class (of {C})', fontsize=9)
     _draw_accuracies(ax.inset_axes([1.02, 0, 0.2, 1]), share.diag(), C)
 
 
@@ -197,11 +198,11 @@ def _draw_accuracies(ax, each, C):
     ax.barh(range(C), each.nan_to_num(0).tolist(), color='tab:blue', height=0.8)
     ax.set(xlim=(0, 1.35 if C <= 15 else 1), ylim=(C - 0.5, -0.5))
     ax.axis('off')
-    ax.text(0, -0.01, 'accuracy', fontsize=6, transform=ax.transAxes, va='top')
+    ax.text(0, -0.01, 'accuracy', fontsize=9, transform=ax.transAxes, va='top')
     for i, p in enumerate(each.tolist() if C <= 15 else []):
         tested = p == p  # not NaN
         word = f'{p:.2f}' if tested else 'no test images'
-        ax.text((p if tested else 0) + 0.05, i, word, va='center', fontsize=5.5)
+        ax.text((p if tested else 0) + 0.05, i, word, va='center', fontsize=9)
 
 
 def _class_names(data, classes):
@@ -240,7 +241,7 @@ def show_confusion(
     require_number(T, 'T', above=0)
     encoders = named_encoders(encoders, extract_args.get('size'))
     found, in_train, chance, note = confusions(encoders, data, k, T, layer, overlap, **extract_args)
-    fig, axs = panels(len(found), 4.2, 3.9, 2)
+    fig, axs = panels(len(found), 8.4, 6.4, 1)
     said = []
     for ax, (name, m) in zip(axs, found.items()):
         worst = draw_confusion(ax, name, m, data, in_train, chance)
@@ -398,7 +399,7 @@ def show_knn_curve(
     encoders = named_encoders(encoders, extract_args.get('size'))
     how = dict(extract_args, layer=layer, overlap=overlap, seed=seed, baselines=baselines)
     found, ks, Ts, chance, leak = knn_curves(encoders, data, ks, T, **how)
-    fig, (ax,) = panels(1, 5, 2.9)
+    fig, (ax,) = panels(1, 8, 3.8)
     draw_knn_curves(ax, found, ks, Ts, chance)
     small_print(fig, joined(f'{len(data.test)} test images of {data.name}', data.note, leak))
     return fig

@@ -234,9 +234,9 @@ def plain_axes(
         x: label
         y: label
     """
-    ax.set_xlabel(x, fontsize=7.5)
-    ax.set_ylabel(y, fontsize=7.5)
-    ax.tick_params(labelsize=7)
+    ax.set_xlabel(x, fontsize=10)
+    ax.set_ylabel(y, fontsize=10)
+    ax.tick_params(labelsize=9)
     ax.spines[['top', 'right']].set_visible(False)
 
 
@@ -253,7 +253,7 @@ def side_legend(
         **kw: more of matplotlib's `legend`
     """
     place = dict(loc='center left', bbox_to_anchor=(1, 0.5), borderaxespad=0.2)
-    return ax.legend(*handles_and_labels, fontsize=6.5, frameon=False, **place, **kw)
+    return ax.legend(*handles_and_labels, fontsize=9, frameon=False, **place, **kw)
 
 
 def small_print(
@@ -266,9 +266,9 @@ def small_print(
         fig: matplotlib figure
         *lines: broken to its width; empty ones are left out
     """
-    text = '\n'.join(fill(line, int(17 * fig.get_figwidth())) for line in lines if line)
+    text = '\n'.join(fill(line, int(13 * fig.get_figwidth())) for line in lines if line)
     if text:
-        fig.supxlabel(text, fontsize=6.5, color='.3')
+        fig.supxlabel(text, fontsize=9, color='.3')
 
 
 def joined(

@@ -77,21 +77,21 @@ def show_representation(
         curves, ks, Ts, *_ = knn_curves(one, data, None, T, **usual)
     points, shares, colors, legend = map_points(encoder, data, split, n, seed=seed, **how)
     found, used = spectra(one, data, split, n, seed=seed, baselines=baselines, **how)
-    fig, axs = panels(2 if why else 4, 4, 3.1, 2)
+    fig, axs = panels(2 if why else 4, 4.7, 4, 2)
     draw_map(axs[0], points, colors)
     map_legend(axs[0], legend)
-    axs[0].set_title(map_title('map', 'pca', shares), fontsize=8)
-    axs[-1].set_title('spectrum', fontsize=8)
+    axs[0].set_title(map_title('map', 'pca', shares), fontsize=10)
+    axs[-1].set_title('spectrum', fontsize=10)
     draw_spectra(axs[-1], found)
     words = [note]
     if not why:
         worst = draw_confusion(axs[1], 'confusions', matrices[name], data, in_train, chance)
         words = [worst, note]
         draw_knn_curves(axs[2], curves, ks, Ts, chance)
-        axs[2].set_title('kNN accuracy', fontsize=8)
+        axs[2].set_title('kNN accuracy', fontsize=10)
     views = dict(n=n, split=split, layer=layer, seed=seed)
     views |= {key: extract_args.get(key) for key in ('size', 'device')}
-    fig.suptitle(_summary(name, encoder, data, found[name][1], **views), fontsize=9)
+    fig.suptitle(_summary(name, encoder, data, found[name][1], **views), fontsize=11)
     small_print(fig, *words, f'map and spectrum: {used} {split} images of {data.name}')
     return fig
 

@@ -151,7 +151,7 @@ def show_alignment_uniformity(
         its_layer = reference_layer(e, layer) if name in grey else layer
         how = (augmentation, n, split, its_layer, seed, size, device)
         points[name] = alignment_uniformity(e, data, *how)
-    fig, (ax,) = panels(1, 4.6, 3.5)
+    fig, (ax,) = panels(1, 8, 5)
     _draw_corners(ax, list(points.values()))
     colors = palette({name: name in grey for name in points})
     ax.scatter(*zip(*points.values()), c=list(colors.values()), s=36, zorder=3)
@@ -170,9 +170,9 @@ def _draw_corners(ax, points):
     ax.set(xlim=(-0.08, right), ylim=(bottom, 0.35))
     ax.plot(0, 0, 'x', color='black', ms=6)
     ax.axhline(-4, ls=':', lw=1, color='.6')
-    place = dict(fontsize=6.5, color='.4', ha='right', va='bottom')
+    place = dict(fontsize=9, color='.4', ha='right', va='bottom')
     ax.text(right, -3.97, 'evenly spread (many dimensions)', **place)
-    place = dict(xytext=(0.13, 0.24), xycoords='axes fraction', fontsize=7, color='.3')
+    place = dict(xytext=(0.13, 0.24), xycoords='axes fraction', fontsize=9, color='.3')
     ax.annotate('better', (0.02, 0.1), arrowprops=dict(arrowstyle='->', color='.3'), **place)
     x = 'alignment: distance² of two views (← better)'
     plain_axes(ax, x, 'uniformity: how crowded images are (↓ better)')
@@ -185,9 +185,9 @@ def _name_points(ax, points, colors):
     at = [ax.transData.transform(p) for p in points.values()]
     taken = [(x - 4 * unit, y - 4 * unit, x + 4 * unit, y + 4 * unit) for x, y in at]
     frame = ax.get_window_extent().extents
-    style = dict(textcoords='offset points', fontsize=7, va='bottom')
+    style = dict(textcoords='offset points', fontsize=9, va='bottom')
     for (x, y), (name, point), color in zip(at, points.items(), colors):
-        w, h = 4.2 * unit * len(name), 8 * unit
+        w, h = 5.4 * unit * len(name), 10 * unit
         boxes = [(x + dx, y + dy, x + dx + w, y + dy + h) for dx, dy in _sides(w, h, unit)]
         best = min(boxes, key=lambda box: _covered(box, taken, frame))
         taken.append(best)
@@ -280,7 +280,7 @@ def draw_spectra(
         ax.plot(place, values.clamp_min(1e-12), label=f'{name}\n{rank:.1f} of {dim}', **look)
     ax.set(xscale='log', yscale='log', ylim=(1e-6, 1.5))
     plain_axes(ax, 'direction, by variance', 'share of the variance')
-    side_legend(ax, title='effective rank', title_fontsize=6.5, alignment='left')
+    side_legend(ax, title='effective rank', title_fontsize=9, alignment='left')
 
 # %% ../../nbs/evaluation/17_spread.ipynb #bba8efe2
 def show_spectrum(
@@ -308,7 +308,7 @@ def show_spectrum(
     encoders, split = named_encoders(encoders, extract_args.get('size')), which_split(data, split)
     how = dict(extract_args, layer=layer, seed=seed, baselines=baselines)
     found, n = spectra(encoders, data, split, n, **how)
-    fig, (ax,) = panels(1, 5, 2.9)
+    fig, (ax,) = panels(1, 8, 3.8)
     draw_spectra(ax, found)
     what = f'{n} {split} images of {data.name}, features of length 1'
     small_print(fig, f'{what}; effective rank of features as they are')

@@ -70,7 +70,7 @@ def _value_panel(c, ax, column, colors):
     _dots(ax, {n: [100 * x for x in v.values()] for n, v in values.items()}, colors)
     ax.set_title(f'{fill(in_picture(column), 30)}\nchance {100 * record.chance:.3g} %', fontsize=9)
     metric = {'top-1': 'top-1 accuracy'}.get(record.metric, record.metric)
-    ax.set_xlabel(f'{metric}, %', fontsize=8)
+    ax.set_xlabel(f'{metric}, %', fontsize=9)
 
 
 def _gap_panel(c, ax, column, colors):
@@ -80,7 +80,7 @@ def _gap_panel(c, ax, column, colors):
     gaps = {n: list(d.gaps.values()) if d else [] for n, d in found.items()}
     _dots(ax, gaps, colors, bars)
     ax.axvline(0, c='black', lw=0.8)
-    ax.set_xlabel(in_picture(f'points above {c.baseline}'), fontsize=8)
+    ax.set_xlabel(in_picture(f'points above {c.baseline}'), fontsize=9)
 
 # %% ../../nbs/reports/05_compare.ipynb #76ec1ee1
 _WHO = ['protocol', 'data', 'metric', 'layer', 'tower', 'encoder', 'architecture']
@@ -251,13 +251,13 @@ class Comparison:
                 ax.axis('off')
                 continue
             panels[row % len(panels)](self, ax, self.columns[at], colors)
-            ax.tick_params(labelsize=8)
+            ax.tick_params(labelsize=9)
             if col:
                 ax.set_yticklabels([])
         shared = [len(self.gaps(n, self.baseline, h)) for n in self.rows for h in self.columns]
         few = any(0 < k < 5 for k in shared)
         line = ' · line: 95 % interval of the difference' + ' (too short with few seeds)' * few
-        fig.suptitle('dot: one seed · bar: mean' + line * (len(panels) > 1), fontsize=8)
+        fig.suptitle('dot: one seed · bar: mean' + line * (len(panels) > 1), fontsize=10)
         plt.close(fig)
         return fig
 

@@ -52,7 +52,8 @@ def plot_metric_curves(
     import matplotlib.pyplot as plt
 
     rows, names = math.ceil(len(panels) / columns), method_names(runs)
-    fig, axs = plt.subplots(rows, columns, figsize=(10 * columns / 3, 2.6 * rows), squeeze=False)
+    size = dict(figsize=(3.1 * columns, 2.7 * rows), squeeze=False, layout='constrained')
+    fig, axs = plt.subplots(rows, columns, **size)
     for ax in axs.flat[len(panels) :]:
         ax.axis('off')
     for ax, (key, title, *f) in zip(axs.flat, panels):
@@ -63,14 +64,13 @@ def plot_metric_curves(
         if not ax.get_lines():
             ax.text(0.5, 0.5, 'not recorded', transform=ax.transAxes, ha='center', color='grey')
         ax.set_title(title, fontsize=10)
-        ax.set_xlabel('epoch', fontsize=8)
-        ax.tick_params(labelsize=8)
+        ax.set_xlabel('epoch', fontsize=9)
+        ax.tick_params(labelsize=9)
         ax.grid(alpha=0.3)
     lines = {line.get_label(): line for ax in axs.flat for line in ax.get_lines()}
     shown = [n for n in names if n in lines]
-    fig.tight_layout()
-    beside = dict(loc='center left', bbox_to_anchor=(1, 0.5), fontsize=8)
-    fig.legend([lines[n] for n in shown], shown, **beside)
+    below = dict(loc='outside lower center', ncols=4, fontsize=9, frameon=False)
+    fig.legend([lines[n] for n in shown], shown, **below)
     return axs.flat[: len(panels)]
 
 # %% ../../nbs/reports/06_curves.ipynb #3544fe5f
@@ -90,8 +90,8 @@ def plot_sweep(
     """
     import matplotlib.pyplot as plt
 
-    wide = 0.5 + 3.5 * len(protocols)
-    fig, axs = plt.subplots(1, len(protocols), figsize=(wide, 2.7), squeeze=False)
+    size = dict(figsize=(1.5 + 2.7 * len(protocols), 3), squeeze=False, layout='constrained')
+    fig, axs = plt.subplots(1, len(protocols), **size)
     for ax, protocol in zip(axs[0], protocols):
         reached = scores(runs, protocol)
         found = dict(sorted((values[n], v) for n, v in reached.items() if n in values))
@@ -104,6 +104,5 @@ def plot_sweep(
         metric = next((x.metric for r in runs for x in r.records if x.protocol == protocol), '')
         ax.set(title=protocol, xlabel=label, ylabel=f'{metric}, %', xticks=list(found))
         ax.grid(alpha=0.3)
-    axs[0, -1].legend(fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5))
-    fig.tight_layout()
+    axs[0, -1].legend(fontsize=9, loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)
     return axs[0]

@@ -275,7 +275,7 @@ def _phase_bar(ax, y, p, kinds):
         ax.barh(y, wide, left=x, height=0.7, color=color, alpha=0.5)
         ax.barh(y + 0.25, least, left=x, height=0.2, color=color)
         if wide > 0.06:
-            middle = dict(ha='center', va='center', fontsize=7)
+            middle = dict(ha='center', va='center', fontsize=9)
             ax.text(x + wide / 2, y - 0.08, f'{100 * wide:.0f} %', **middle)
         x += wide
 
@@ -291,7 +291,7 @@ def show_phases(
     import matplotlib.pyplot as plt
 
     kinds = list(dict.fromkeys(k for p in profiles.values() for k in p.parts()))
-    fig, ax = plt.subplots(figsize=(7, 1.1 + 0.45 * len(profiles)))
+    fig, ax = plt.subplots(figsize=(9, 1.2 + 0.55 * len(profiles)))
     for y, p in enumerate(profiles.values()):
         _phase_bar(ax, y, p, kinds)
     names = [f'{k}\n{p.images_per_s:,.0f} images/s' for k, p in profiles.items()]
@@ -300,10 +300,10 @@ def show_phases(
     ax.invert_yaxis()
     ax.spines[:].set_visible(False)
     title = 'where the time of a batch goes; narrow bar: what the phase needs at least'
-    ax.set_title(title, fontsize=9)
+    ax.set_title(title, fontsize=11)
     mark = lambda i: plt.Rectangle((0, 0), 1, 1, color=plt.cm.tab10(i), alpha=0.5)
     below = dict(loc='upper center', bbox_to_anchor=(0.45, 0), frameon=False)
-    ax.legend([mark(i) for i in range(len(kinds))], kinds, ncol=5, fontsize=7, **below)
+    ax.legend([mark(i) for i in range(len(kinds))], kinds, ncol=5, fontsize=9, **below)
     fig.tight_layout()
     plt.close(fig)
     return fig
@@ -395,20 +395,20 @@ def show_growth(
     """
     import matplotlib.pyplot as plt
 
-    fig, axs = plt.subplots(1, len(grown), figsize=(2.4 * len(grown) + 0.4, 2.5), squeeze=False)
+    fig, axs = plt.subplots(1, len(grown), figsize=(3 * len(grown), 2.9), squeeze=False)
     for ax, (name, g) in zip(axs[0], grown.items()):
         lines = (g.seconds, 'C0', 'time', g.slope), (g.bytes, 'C1', 'memory', g.bytes_slope)
         for y, color, text, slope in lines:
             if y:
                 label = f'{text}: slope {slope:.1f}'
                 ax.loglog(g.values, [v / y[0] for v in y], '.-', c=color, label=label)
-        ax.set_title(name, fontsize=9)
-        ax.set_xticks(g.values, g.values, fontsize=7)
+        ax.set_title(name, fontsize=10)
+        ax.set_xticks(g.values, g.values)
         ax.minorticks_off()
         ax.set_yscale('log', base=2)
         ax.yaxis.set_major_formatter('{x:g}')
-        ax.tick_params(labelsize=7)
-        ax.legend(fontsize=7)
+        ax.tick_params(labelsize=9)
+        ax.legend(fontsize=9)
     axs[0][0].set_ylabel('times the smallest')
     fig.tight_layout()
     plt.close(fig)

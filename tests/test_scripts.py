@@ -99,6 +99,38 @@ def test_trained_encoders_are_those_of_the_script_and_say_what_they_are():
     assert gain['aps_photos'] > 0.1 > 0 > gain['collapsed_photos']
 
 
+def test_runs_become_files_to_give_away(tmp_path):
+    "Half the bytes, the card of the run with what was measured, nearly the same features."
+    import torch
+
+    from ssl_patch.data.photographs import photo_crops
+    from ssl_patch.evaluation.knn import knn
+    from ssl_patch.methods.moco import MoCoV2
+    from ssl_patch.models.encoders import resnet
+    from ssl_patch.training.pretrain import Pretrainer
+
+    data, run = photo_crops(32).sample(128, 64), tmp_path / 'runs' / 'mine'
+    network = resnet('resnet18', 32, width=8)
+    Pretrainer(MoCoV2(network), data, out=run, epochs=1, batch_size=64, progress='quiet').fit()
+    words = [sys.executable, str(ROOT / 'scripts' / 'release_encoders.py'), str(run.parent)]
+    words += ['--out', str(tmp_path / 'out'), '--licence', 'of the test']
+    r = subprocess.run(words, capture_output=True, text=True)
+    assert r.returncode == 2 and 'no finished and measured run' in r.stderr
+    encoder = load_encoder(run / 'encoder.safetensors')
+    record = knn(encoder, data)
+    record.save(run)
+    subprocess.run(words, check=True)
+    file = tmp_path / 'out' / 'mine.safetensors'
+    assert file.stat().st_size < 0.6 * (run / 'encoder.safetensors').stat().st_size
+    given = load_encoder(file)
+    assert given.card['records'][0]['value'] == round(record.value, 4)
+    assert given.card['method'] == 'MoCo v2' and given.card['licence'] == 'of the test'
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(given(x).image, encoder(x).image, atol=0.05, rtol=0.05)
+    sums = (tmp_path / 'out' / 'SHA256SUMS').read_text().split()
+    assert sums[1] == 'mine.safetensors' and len(sums[0]) == 64
+
+
 def test_a_chart_is_packed_and_a_photograph_is_not():
     import matplotlib.pyplot as plt
     import numpy as np

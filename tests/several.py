@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import torch
 
+from ssl_patch.data.collages import collages
 from ssl_patch.data.sources import images
-from ssl_patch.ground.ranks import begin_ranks, gather, ranks
+from ssl_patch.ground.ranks import begin_ranks, gather, parallel, ranks
 from ssl_patch.methods.aps import APS
 from ssl_patch.methods.co2 import CO2
 from ssl_patch.methods.contrast import ImageLoss
@@ -21,6 +22,11 @@ from ssl_patch.methods.sce import SCE, SCELoss
 from ssl_patch.models.encoders import resnet, vit
 from ssl_patch.models.heads import mlp
 from ssl_patch.training.pretrain import Pretrainer
+from ssl_patch.transfer.finetune import FineTuner
+from ssl_patch.transfer.recipes import FinetuneConfig
+from ssl_patch.transfer.segmentation import Segmentation
+from ssl_patch.transfer.task import TaskTuner
+from ssl_patch.transfer.task_config import TaskConfig
 from ssl_patch.views.augmentations import aug_weak
 
 pixels = torch.randint(256, (32, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
@@ -134,8 +140,64 @@ def apart(a, b):
     return max(far(a[k].double(), b[k].double()).item() for k in a)
 
 
+def labelled(n):
+    "Images of noise with labels, and a test split."
+    return images((pixels[:n], torch.arange(n) % 3), test=(255 - pixels[:7], torch.arange(7) % 3))
+
+
+def finetuned(encoder, **changes):
+    config = FinetuneConfig(1, 8, lr=1e-2, warmup_epochs=0, **changes)
+    return FineTuner(encoder, labelled(32), config, **quiet)
+
+
+def segmented(encoder, **changes):
+    "Crops of whole images, as what is drawn for an image is another draw in several processes."
+    task = Segmentation(7, 'light', (16, 16), channels=8, scale=(1.0, 1.0), flip=0.0)
+    config = TaskConfig(epochs=1, batch_size=8, lr=1e-2, **changes)
+    data = collages('mask', train=16, test=5, size=16)
+    data.train.targets[:3, :8] = 255  # pixels that count are not the same in all processes
+    return TaskTuner(encoder, task, data, config, **quiet)
+
+
+quiet = dict(progress='quiet', bf16=False)
+TUNERS = dict(
+    finetune=lambda: finetuned(conv(), erasing=0.5, mixup=0.8, cutmix=1.0),
+    finetune_unmixed=lambda: finetuned(tokens(), ema=0.9, grad_clip=0.1),
+    segmentation=lambda: segmented(conv()),
+    segmentation_frozen=lambda: segmented(conv(), freeze='encoder', grad_clip=0.1),
+)
+
+
+def tuned(name):
+    "The losses, the last gradients, the state and the predictions of a fine-tuning in float64."
+    torch.manual_seed(0)
+    run, losses = TUNERS[name](), []
+    run.model.double()
+    if run_ema := getattr(run, 'ema', None):
+        run_ema.module.double()
+    run.step = parallel(run.step.module if ranks()[1] > 1 else run.step)
+    add = run.meter.add
+
+    def note(batch, loss, **log):
+        losses.append(gather(loss.detach()[None]).mean())
+        add(batch, loss, **log)
+
+    run.meter.add = note
+    run.fit()
+    parameters, state = run.model.named_parameters(), run.model.state_dict()
+    found = run.predict()
+    return dict(
+        loss=torch.stack(losses),
+        grad={k: p.grad for k, p in parameters if p.grad is not None},
+        state={k: v for k, v in state.items() if torch.is_tensor(v)},
+        found=found if torch.is_tensor(found) else torch.stack(found).double(),
+        row={k: v for k, v in run.history[0].items() if k != 'seconds'},
+    )
+
+
 if __name__ == '__main__':
     torch.set_num_threads(1)
     begin_ranks()
     out, *names = sys.argv[1:]
-    torch.save({n: two_steps(n) for n in names or METHODS}, f'{out}.{ranks()[0]}')
+    made = {n: tuned(n) if n in TUNERS else two_steps(n) for n in names or METHODS}
+    torch.save(made, f'{out}.{ranks()[0]}')

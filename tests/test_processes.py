@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from several import METHODS, apart, two_steps
+from several import METHODS, TUNERS, apart, tuned, two_steps
 
 from ssl_patch.cli import main
 from ssl_patch.data.sources import images
@@ -65,6 +65,110 @@ def test_several_processes_are_one(number, names, one, tmp_path):
         for other in others:
             assert apart(zero['state'], other['state']) == 0, name
             assert apart(zero['grad'], other['grad']) == 0, name
+
+
+def test_tuners_are_one(tmp_path):
+    """Fine-tuning and segmentation: losses, gradients, weights and predictions. Losses are sums in
+    float32; images are erased and mixed as in one process."""
+    process = torchrun(2, HERE / 'several.py', tmp_path / 'r', *TUNERS)
+    text = process.communicate(timeout=900)[0]
+    assert process.returncode == 0, text
+    ranks = [torch.load(tmp_path / f'r.{r}', weights_only=True) for r in range(2)]
+    for name in TUNERS:
+        whole, (zero, other) = tuned(name), [r[name] for r in ranks]
+        assert len(whole['loss']) == len(zero['loss']) > 1
+        assert (whole['loss'] - zero['loss']).abs().max() < 1e-6, name
+        assert apart(whole['grad'], zero['grad']) < 1e-8, name
+        assert apart(whole['state'], zero['state']) < 1e-8, name
+        assert (whole['found'] - zero['found']).abs().max() < 1e-5, name
+        assert zero['row'] == pytest.approx(whole['row'], rel=1e-5), name
+        assert apart(zero['state'], other['state']) == apart(zero['grad'], other['grad']) == 0
+
+
+TUNING = """
+    from ssl_patch.data.collages import collages
+    from ssl_patch.transfer.finetune import FineTuner
+    from ssl_patch.transfer.recipes import FinetuneConfig
+    from ssl_patch.transfer.segmentation import Segmentation
+    from ssl_patch.transfer.task import TaskTuner
+    from ssl_patch.transfer.task_config import TaskConfig
+
+    labels = torch.arange(32) % 3
+    labelled = images((pixels, labels), test=(255 - pixels[:7], labels[:7]))
+    torch.manual_seed(0)
+    encoder = vit('tiny', 16, 4, width=16, depth=1, heads=1)
+
+    def tuner(kind, out=None, batch_size=8, **kw):
+        how = dict(out=out, bf16=False, progress='lines') | kw
+        if kind == 'finetune':
+            config = FinetuneConfig(4, batch_size, lr=1e-3, mixup=0.8, cutmix=1.0)
+            return FineTuner(encoder, labelled, config, **how)
+        task = Segmentation(7, 'light', (16, 16), channels=8, scale=(1.0, 1.0), flip=0.0)
+        data = collages('mask', train=32, test=5, size=16)
+        return TaskTuner(encoder, task, data, TaskConfig(4, batch_size=batch_size), **how)
+"""
+
+
+@pytest.mark.parametrize(
+    'kind, odd, words',
+    [
+        ('finetune', 6, 'a multiple of 4, for pairs of images on 2 processes, got 6'),
+        ('segmentation', 9, 'a multiple of 2, the processes, got 9'),
+    ],
+)
+def test_a_tuner_resumes_with_another_number_of_processes(kind, odd, words, tmp_path, capsys):
+    "A signal to one stops all after the same batch; one process goes on to the end of one alone."
+    process = script(
+        tmp_path,
+        2,
+        f"""{TUNING}
+    try:
+        tuner({kind!r}, batch_size={odd})
+    except ValueError as e:
+        print(f'rank {{ranks()[0]}}: {{e}}', flush=True)
+    run = tuner({kind!r}, {str(tmp_path / 'r')!r})
+    batch = run.train_batch
+    def train_batch(*parts):
+        batch(*parts)
+        if run.batches == 6 and ranks()[0] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+    run.train_batch = train_batch
+    run.fit()
+    """,
+    )
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode and text.count('epoch 1/4') == 1, text
+    assert 'stopped after batch 6 of 16; checkpoint in' in text, text
+    assert all(f'rank {r}: batch_size must be {words}' in text for r in range(2)), text
+    exec(SETUP + textwrap.dedent(TUNING), space := {})
+    run = space['tuner'](kind, tmp_path / 'r', resume=True)
+    assert run.batches == 6 and 'with processes 2 -> 1' in capsys.readouterr().out
+    run.fit()
+    whole = space['tuner'](kind, progress='quiet').fit()
+    for a, b in zip(run.history, whole.history, strict=True):
+        assert a['epoch'] == b['epoch'] and a['loss'] == pytest.approx(b['loss'], rel=1e-4)
+    config = json.loads((tmp_path / 'r' / 'config.json').read_text())
+    assert config['continued'][0]['changed'] == {'processes': [2, 1]}
+
+
+def test_one_process_of_a_tuner_is_killed(tmp_path):
+    process = script(
+        tmp_path,
+        2,
+        f"""{TUNING}
+    run = tuner('finetune', {str(tmp_path / 'r')!r})
+    batch = run.train_batch
+    def train_batch(*parts):
+        if run.batches == 5 and ranks()[0] == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        batch(*parts)
+    run.train_batch = train_batch
+    run.fit()
+    """,
+    )
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode and 'another of the 2 processes is gone' in text, text
+    assert (tmp_path / 'r' / 'checkpoint.pt').is_file()
 
 
 def test_processes_speak_once_a_step(tmp_path):

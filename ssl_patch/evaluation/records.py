@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..ground.checks import require, require_kinds
+from ..ground.ranks import ranks
 from ..ground.text import markdown, plain
 from .cache import hash_tensors
 from .features import architecture
@@ -166,7 +167,7 @@ class Record:
         self,
         folder,  # a run folder, made if it does not exist
     ) -> Path:  # the file
-        """Append this record as one line of `records.jsonl`.
+        """Append this record as one line of `records.jsonl`; of several processes rank zero does.
 
         Args:
             folder: a run folder, made if it does not exist
@@ -175,6 +176,8 @@ class Record:
             the file
         """
         path = Path(folder).expanduser() / 'records.jsonl'
+        if ranks()[0]:
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
         cut = path.is_file() and path.read_bytes()[-1:] not in (b'', b'\n')  # half a line
         line = json.dumps(self.to_dict(), ensure_ascii=False)
@@ -396,16 +399,14 @@ def split_columns(
         return r.data, r.protocol, r.metric, r.layer, settings
 
     found = {key(r): r for r in records}
-    several_metrics = len({r.metric for r in found.values()}) > 1
     heads = {}
     for k, r in found.items():
         same = [o for o in found.values() if o.protocol == r.protocol]
         differs = lambda name, value: any(o.settings.get(name) != value for o in same)
-        words = [r.data] if len({o.data for o in same}) > 1 else []
-        words += [r.protocol]
+        words = [r.data] * (len({o.data for o in same}) > 1) + [r.protocol]
         words += [f'{n}={v}' for n, v in r.settings.items() if differs(n, v)]
         words += [f'{r.layer} features'] if len({o.layer for o in same}) > 1 else []
-        words += [r.metric] if several_metrics else []
+        words += [r.metric] * (len({o.metric for o in found.values()}) > 1)
         heads[k] = ' '.join(words)
     return key, heads
 
@@ -441,11 +442,9 @@ def _footnotes(records, key, heads):
     several = f'- mean ± standard deviation over seeds {", ".join(map(str, seeds))}'
     yield several if len(seeds) > 1 else f'- seed {seeds[0]}'
     metrics, ranked = {r.metric for r in records}, 'of mAP and R@k, a random order'
-    chance = ['always answering the most common test class']
+    chance = ['- chance: always answering the most common test class']
     chance += [ranked] * bool(metrics - {'top-1', 'mIoU', 'pixel accuracy', *_CHANCE})
-    yield '; '.join(
-        ['- chance: ' + chance[0], *chance[1:], *map(_CHANCE.get, metrics & {*_CHANCE})]
-    )
+    yield '; '.join([*chance, *map(_CHANCE.get, metrics & {*_CHANCE})])
 
 
 def _data_notes(records):

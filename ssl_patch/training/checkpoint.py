@@ -23,7 +23,7 @@ import torch
 import ssl_patch
 from ..evaluation.records import hardware
 from ..ground.checks import shown
-from ..ground.ranks import leave_word, ranks, told_by_others, wait_for_all
+from ..ground.ranks import agreed, leave_word, ranks, told_by_others, wait_for_all
 from .continuing import NAMES_OF_BEFORE
 from .run_folder import as_json
 
@@ -104,7 +104,7 @@ def _say_it_first(failed):
 @contextmanager
 def in_training(
     run,  # `Pretrainer`, `FineTuner`: with `folder`, `out`, `batches`
-):  # yields the list in which signals are noted, as `graceful_stop`
+):  # yields a function: number of a signal that any process has got, the same for all; else 0
     """All that surrounds the loop of a run: its folder is its own, signals are noted, torch's
     random numbers are as before afterwards, and errors from outside say what to do.
 
@@ -119,7 +119,8 @@ def in_training(
         stack.callback(_say_it_first, failed := [])
         stop = stack.enter_context(graceful_stop())
         try:
-            yield stop
+            yield lambda: agreed(stop[0] if stop else 0)
+            wait_for_all()
         except Exception as e:
             failed.append(e)
             leave_word(e)

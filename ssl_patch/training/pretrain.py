@@ -16,21 +16,18 @@ from ..data.images import Images
 from ..evaluation.features import require_accepted
 from ..ground.checks import require, require_choice, require_int, require_number
 from ssl_patch.ground.ranks import (
-    agreed,
     begin_ranks,
-    by_zero,
     own_device,
     parallel,
     ranks,
     seed_ranks,
     unsynced,
-    wait_for_all,
 )
 from ..ground.text import plain, repr_markdown
 from ..methods.configs import TrainConfig
 from ..methods.method import Method
 from ..models.files import save_encoder
-from ..models.momentum import average_running_stats, share_batch_norm
+from ..models.momentum import share_batch_norm
 from ..models.interface import spec_of
 from ssl_patch.training.checkpoint import (
     as_identity,
@@ -55,6 +52,7 @@ from ssl_patch.training.progress import (
     plot_curves,
     require_finite_loss,
     require_finite_weights,
+    settle,
 )
 from ssl_patch.training.setup import (
     native_bf16,
@@ -140,9 +138,7 @@ class Pretrainer:
         how = dict(seed=seed, device=self.device, workers=workers, share=ranks())
         how |= dict(reduced=config.reduced_decoding)
         self.loader = view_loader(data.train, method.augmentations, config.batch_size, **how)
-        where = self.device if ranks()[1] == 1 else 'cpu'
-        folder, state = by_zero(lambda: open_run(out, resume, where))
-        self.folder = None if rank else folder  # rank zero alone writes
+        self.folder, state = open_run(out, resume, self.device)
         self.out = self.folder and self.folder.path
         if resume is True and not state:
             self.progress.say(f'no checkpoint in {out} yet: the run begins')
@@ -193,8 +189,7 @@ class Pretrainer:
         n = len(self.loader)
         first = self.batches // n
         last = self.epochs if epochs is None else min(self.epochs, first + epochs)
-        with in_training(self) as stop:
-            asked = lambda: agreed(stop[0] if stop else 0)
+        with in_training(self) as asked:
             begin_run(self, last)
             for epoch in range(first, last):
                 for views, _ in self.loader.epoch(epoch, start=self.batches % n):
@@ -295,8 +290,7 @@ class Pretrainer:
 
     def settle(self):
         "Means and running statistics of all processes; weights and queues are the same already."
-        self.meter.settle()
-        average_running_stats(self.method)
+        settle(self.meter, self.method)
 
     def check_finite(self):
         "`FloatingPointError` where a loss was not finite; the last checkpoint stays."
@@ -311,7 +305,6 @@ class Pretrainer:
         if self.out and self.history:
             self.folder.write_curves(self.curves())
             save_encoder(self.encoder, self.out / 'encoder.safetensors', self.card())
-        wait_for_all()
         return self
 
     @property

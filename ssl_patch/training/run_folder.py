@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import torch
 from ..ground.checks import require, require_choice
+from ..ground.ranks import by_zero, ranks
 from ..ground.files import alone_in, atomic_write, require_undamaged
 from .continuing import require_continuable
 
@@ -279,7 +280,8 @@ def open_run(
     resume: bool | str,  # as `open_run_folder` takes it
     device: str = 'cpu',  # where the tensors go
 ) -> tuple:  # (RunFolder or None, the state that is gone on from or None)
-    """A run's folder, and its checkpoint where there is one to continue.
+    """A run's folder, and its checkpoint where there is one to continue. Of several processes rank
+    zero alone has the folder: it alone writes.
 
     Args:
         out: path of the folder, or None: nothing is written
@@ -289,6 +291,13 @@ def open_run(
     Returns:
         (RunFolder or None, the state that is gone on from or None)
     """
+    rank, size = ranks()
+    device = device if size == 1 else 'cpu'
+    folder, state = by_zero(lambda: _opened(out, resume, device))
+    return (None if rank else folder), state
+
+
+def _opened(out, resume, device):
     if not (out or resume):
         return None, None
     folder = open_run_folder(out, resume)

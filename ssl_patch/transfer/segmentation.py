@@ -23,6 +23,7 @@ from ..evaluation.patches import position_prior
 from ..evaluation.records import Record
 from ..ground.checks import require, require_choice, require_int, require_number
 from ..ground.plots import as_picture
+from ..ground.ranks import mean_of_ranks
 from .classifier import at_size
 from ssl_patch.transfer.decoders import (
     DECODERS,
@@ -269,7 +270,8 @@ class Segmentation:
         y, losses = targets.long(), []
         for logits in model.both(inputs):
             total = F.cross_entropy(logits, y, ignore_index=self.ignore, reduction='sum')
-            losses.append(total / (y != self.ignore).sum().clamp_min(1))
+            count = mean_of_ranks((y != self.ignore).sum().to(total))
+            losses.append(total / count.clamp_min(1e-6))
         if len(losses) == 1:
             return losses[0], {}
         return losses[0] + self.aux_weight * losses[1], dict(aux_loss=losses[1])

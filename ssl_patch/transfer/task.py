@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ..data.dense import DenseData
+from ..data.fingerprints import learned_from
 from ..evaluation.cache import hash_tensors
 from ..evaluation.features import architecture, frozen, require_accepted, size_and_device
 from ..evaluation.protocol import check_leakage
 from ..ground.checks import require
+from ..ground.ranks import begin_ranks, own_device, parallel, ranks, share, shared
 from ..ground.text import plain, repr_markdown
+from ..models.momentum import share_batch_norm
 from ssl_patch.training.checkpoint import (
     as_identity,
     begin_run,
@@ -36,11 +39,12 @@ from ssl_patch.training.progress import (
     calm_stop,
     require_finite_loss,
     require_finite_weights,
+    settle,
 )
 from ..training.run_folder import open_run
-from ..training.setup import native_bf16, require_device, require_one_process
-from .augment import seeded
-from .finetune import learned_from, plot_finetune
+from ..training.setup import native_bf16, require_device
+from .augment import apart, seeded
+from .finetune import plot_finetune
 from .task_config import TaskConfig, TaskLoader, freeze_layers, task_lr
 from .task_config import task_optimizer
 
@@ -94,6 +98,17 @@ def to_device(
     return x
 
 # %% ../../nbs/transfer/08_task.ipynb #7a5d0012
+class _Step(nn.Module):
+    "The loss of a task, as one module: what `parallel` can wrap."
+
+    def __init__(self, task, model):
+        super().__init__()
+        self.task, self.model = task, model
+
+    def forward(self, inputs, targets):
+        return self.task.loss(self.model, inputs, targets)
+
+
 class TaskTuner:
     """Trains a task on a copy of an encoder. `fit()` starts, and goes on after an interruption.
     `ValueError` before any work.
@@ -142,18 +157,24 @@ class TaskTuner:
         here = size_and_device(encoder, None, None)[1]
         for split in filter(None, (data.train, data.test)):
             require_accepted(encoder, split.images)
-        require_one_process()
-        self.device = require_device(str(device or here))
+        begin_ranks()  # those that torchrun has started
+        rank, size = ranks()
+        self.device = require_device(own_device(device or here))
         self.task, self.config, self.seed, self.watch = task, config, seed, watch
         self.name, self.overlap, self.workers = name or task.name, overlap, workers
         self.data, self.leak, self.kept = _clean(data, encoder, overlap)
         self.note = task.check(self.data) if hasattr(task, 'check') else ''
-        self.progress, self.timer, self.meter = Progress(progress), Timer(), Meter()
+        self.progress, self.timer, self.meter = (
+            Progress('quiet' if rank else progress),
+            Timer(),
+            Meter(),
+        )
         self.start = hash_tensors(list(encoder.state_dict().values()))
         self.images = hash_tensors(self.data.train.content())
 
         with seeded(seed, 'head'):
             self.model = task.build(copy.deepcopy(encoder)).to(self.device)
+        share_batch_norm(self.model, self.device)
         require(hasattr(self.model, 'encoder'), 'task.build', 'a module with .encoder', self.model)
         freeze_layers(self.model, config)
         learned = getattr(encoder, 'trained_on', None)
@@ -161,10 +182,12 @@ class TaskTuner:
             learned = learned_from(learned, self.data.train.images)
         self.encoder.trained_on = learned
         pin, n = self.device != 'cpu', min(config.batch_size, len(self.data.train))
+        require(n % size == 0, 'batch_size', f'a multiple of {size}, the processes', n)
         self.loader = TaskLoader(task, self.data.train, n, seed, workers, pin)
         self.total = config.steps or config.epochs * len(self.loader)  # batches of the whole run
         self.epochs = math.ceil(self.total / len(self.loader))
         self.optimizer = task_optimizer(self.model, config)
+        self.step = parallel(_Step(task, self.model))
         self.batches, self.history = 0, []  # batches done; a row for each epoch done
         self.scores = {}  # as measured last
         self.folder, state = open_run(out, resume, self.device)
@@ -203,18 +226,19 @@ class TaskTuner:
         n = len(self.loader)
         first = self.batches // n if self.batches < self.total else self.epochs
         last = self.epochs if epochs is None else min(self.epochs, first + epochs)
-        with in_training(self) as stop:
+        with in_training(self) as asked:
             begin_run(self, last)
             for epoch in range(first, last):
                 for inputs, targets in self.loader.epoch(epoch, start=self.batches % n):
                     self.train_batch(inputs, targets)
                     if self.batches == self.total:
                         break
-                    if stop and self.batches % n:
-                        stop_run(self, stop[0])
+                    if (number := asked()) and self.batches % n:
+                        settle(self.meter, self.model)
+                        stop_run(self, number)
                 self.end_epoch(epoch + 1)
-                if stop and self.batches < self.total:
-                    stop_run(self, stop[0])
+                if (number := asked()) and self.batches < self.total:
+                    stop_run(self, number)
             return self.finish()
 
     def train_batch(
@@ -234,8 +258,9 @@ class TaskTuner:
             group['lr'] = lr * group['lr_scale']
         # dropout and other draws on the device depend on seed and batch alone
         with seeded(self.seed, 'step', self.batches, device=self.device):
+            apart(self.seed, 'step', self.batches)
             with self.autocast():
-                loss, log = self.task.loss(self.model, inputs, targets)
+                loss, log = self.step(inputs, targets)
             self.optimizer.zero_grad()
             loss.backward()
         if self.config.grad_clip:
@@ -266,9 +291,9 @@ class TaskTuner:
         """
         data, found = data or self.data.test, []
         with frozen(self.model), self.autocast():
-            for rows in torch.arange(len(data)).split(self.loader.batch_size):
+            for rows in share(len(data)).split(self.loader.batch_size):
                 found += self.task.predict(self.model, data, rows.tolist(), self.device)
-        return found
+        return shared(found, len(data))
 
     def measure(
         self,
@@ -287,6 +312,7 @@ class TaskTuner:
 
     def end_epoch(self, epoch):
         "After an epoch: mean losses, scores where they are asked for, checkpoint and curves."
+        settle(self.meter, self.model)
         self.check_finite()
         self.timer.tick()
         means, lr = self.meter.means(), task_lr(self.config, self.batches - 1, self.total)
@@ -312,6 +338,7 @@ class TaskTuner:
 
     def check_finite(self):
         "`FloatingPointError` where a loss was not finite; the last checkpoint stays."
+        self.meter.settle()
         require_finite_loss(self.meter, len(self.loader), self.out, self.advice())
 
     def finish(self):
@@ -372,14 +399,15 @@ class TaskTuner:
             overlap=self.overlap,
             data=data,
             threads=torch.get_num_threads() if self.device == 'cpu' else None,
+            processes=ranks()[1],
             **provenance(self.device),
             **(dict(continued=self.continued) if self.continued else {}),
         )
 
     def identity(self) -> dict:
         "What must agree before a checkpoint is continued."
-        decides = ('encoder', 'start', 'task', 'task_config', 'seed', 'bf16', 'data', 'threads')
-        return as_identity(self.run_config(), decides)
+        decides = ('encoder', 'start', 'task', 'task_config', 'seed', 'bf16', 'data')
+        return as_identity(self.run_config(), (*decides, 'threads', 'processes'))
 
     def state_dict(self) -> dict:
         "Everything that a run needs to go on."
@@ -398,7 +426,7 @@ class TaskTuner:
     def load_state_dict(self, state):
         """Go on from a state, also with more epochs, elsewhere, or in another precision.
         `ValueError` where it belongs to another run."""
-        theirs, free = state.get('identity', {}), ['data.name', 'bf16', 'threads']
+        theirs, free = state.get('identity', {}), ['data.name', 'bf16', 'threads', 'processes']
         before, now = json.loads(theirs.get('task_config', '{}')), self.config.settings()
         free += [f'task_config.{k}' for k in ('epochs', 'steps') if _longer(before, now, k)]
         take_up(self, state, free)

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..data.dense import DenseImages
 from ..ground.checks import require, require_choice, require_int, require_number
+from ..ground.ranks import own_rows, ranks
 from ..ground.threads import stay
 from .classifier import finetune_optimizer, layers_of
 from ..views.loader import batches_of_epoch, generator_for
@@ -258,8 +259,10 @@ class TaskLoader:
             e: which epoch
             start: batches to pass over
         """
-        batches = batches_of_epoch(len(self.data), self.batch_size, self.seed, e, start).tolist()
-        made = _Made(self.task, self.data, (self.seed, e))
+        batches = batches_of_epoch(len(self.data), self.batch_size, self.seed, e, start)
+        batches, (rank, size) = own_rows(batches, 1).tolist(), ranks()
+        keys = self.seed, e, *([rank] if size > 1 else [])  # each draws for its own images
+        made = _Made(self.task, self.data, keys)
         numbered = list(enumerate(batches, start))
         how = dict(num_workers=self.workers, pin_memory=self.pin, worker_init_fn=stay)
         return iter(torch.utils.data.DataLoader(made, batch_size=None, sampler=numbered, **how))

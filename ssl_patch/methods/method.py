@@ -10,7 +10,6 @@ import math
 import warnings
 import torch
 from torch import nn
-from ..ground.checks import require
 from ..ground.ranks import gather, in_order, ranks
 from ..ground.text import repr_markdown
 from ..models.encoders import ResNet, ViT
@@ -23,8 +22,8 @@ from .patch_loss import PatchLoss, PatchLosses, ViewOutputs
 from .patch_loss import check_patch_loss, patch_head
 from .configs import TrainConfig
 from .contrast import InfoNCELoss, label_entropy
-from .trials import check_slot_types, check_views, describe, require_arguments
-from .trials import try_loss, try_patch_loss, try_sampler
+from .trials import check_batch_size, check_slot_types, check_views, describe
+from .trials import require_arguments, try_loss, try_patch_loss, try_sampler
 
 # %% ../../nbs/methods/01_method.ipynb #36b7fca4
 class Method(nn.Module):
@@ -271,20 +270,11 @@ class Method(nn.Module):
         """
         for queue in self.queues():
             queue.set_data_size(num_images, self.keys_per_step(batch_size))
-        splits, size = self.bn_splits, ranks()[1]
-        n, times = splits * parts, f' times accumulate={parts}' if parts > 1 else ''
-        fits = splits == 1 or (batch_size % n == 0 and batch_size > n)
-        what = f'a multiple of {n}, at least {2 * n}, for batch-norm in {splits} groups{times}'
-        require(fits, 'batch_size', what, batch_size)
-        if size > 1:
-            n = size * parts
-            what = f'a multiple of {n}, the processes{times}, at least {2 * n}'
-            require(batch_size % n == 0 and batch_size > n, 'batch_size', what, batch_size)
-            what = f'1, or a multiple of {size}, the processes'
-            require(splits == 1 or splits % size == 0, 'bn_splits', what, splits)
-            if self.queue is None or getattr(self.loss, 'in_batch', False):
-                names = 'q', 'k', 'queue', 'offset'
-                require_arguments(self.loss, 'with several processes a loss', *names)
+        check_batch_size(batch_size, self.bn_splits, parts, ranks()[1])
+        keys_of_batch = self.queue is None or getattr(self.loss, 'in_batch', False)
+        if ranks()[1] > 1 and keys_of_batch:
+            names = 'q', 'k', 'queue', 'offset'
+            require_arguments(self.loss, 'with several processes a loss', *names)
 
     @torch.no_grad()
     def note_features(self, queries, k):

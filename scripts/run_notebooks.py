@@ -60,11 +60,14 @@ def packed(png: bytes) -> bytes:
 
 
 def pack(nb):
-    "Pack all pictures that a notebook shows."
+    "Pack all pictures that a notebook shows, and keep a table once: not as plain text, too."
     outputs = [o for c in nb.cells if c.cell_type == 'code' for o in c.outputs]
-    for data in [o.data for o in outputs if 'image/png' in o.get('data', {})]:
-        small = packed(base64.b64decode(data['image/png']))
-        data['image/png'] = base64.b64encode(small).decode()
+    for data in [o.data for o in outputs if 'data' in o]:
+        if 'image/png' in data:
+            small = packed(base64.b64decode(data['image/png']))
+            data['image/png'] = base64.b64encode(small).decode()
+        if 'text/markdown' in data:
+            data.pop('text/plain', None)
 
 
 def run(path: Path, timeout: int) -> tuple:  # (seconds, what went wrong or None)

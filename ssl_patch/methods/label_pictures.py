@@ -47,7 +47,7 @@ def show_soft_labels(
         order = rank.argsort(descending=True)[:n]
     else:
         order = torch.as_tensor(n)
-    size = dict(figsize=(1.15 * (1 + len(order)), 1.1 * (1 + len(w))), dpi=100)
+    size = dict(figsize=(0.98 * (1 + len(order)), 0.98 * (1 + len(w))), dpi=100)
     fig, axes = plt.subplots(1 + len(w), 1 + len(order), squeeze=False, **size)
     pictures = [query, *(candidates[i] for i in order)]
     colors = [VIEW1, POSITIVE, *[None] * len(order)]

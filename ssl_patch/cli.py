@@ -67,7 +67,7 @@ def main(
     """
     try:
         command = parsed(args)
-        if not isinstance(command, Pretrain):
+        if not isinstance(command, Pretrain | Probe | Embed):
             require_one_process()
         with together():
             command.go()

@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from PIL import Image
 from several import METHODS, TUNERS, apart, tuned, two_steps
 
 from ssl_patch.cli import main
 from ssl_patch.data.sources import images
+from ssl_patch.evaluation.embed import load_features
+from ssl_patch.evaluation.records import load_records
 from ssl_patch.views.augmentations import aug_moco_v2, aug_weak
 from ssl_patch.views.loader import ViewLoader
 
@@ -320,6 +323,92 @@ def test_the_shell(tmp_path):
     assert json.loads((tmp_path / 'two' / 'config.json').read_text())['processes'] == 2
 
 
+def test_features_of_several_processes(tmp_path):
+    """In the order of the images, the same on all, and those of one process up to the sums of other
+    batches; files that are broken are known to all; rank zero writes cache and record."""
+    for i in range(7):
+        pixels = torch.randint(256, (20, 24, 3), generator=torch.Generator().manual_seed(i))
+        Image.fromarray(pixels.byte().numpy()).save(tmp_path / f'{i}.png')
+    text = """
+    from pathlib import Path
+    from ssl_patch.evaluation.embed import embed_folder
+    from ssl_patch.evaluation.features import extract
+    from ssl_patch.evaluation.knn import knn
+    from ssl_patch.evaluation.records import load_records
+    begin_ranks()
+    torch.manual_seed(0)
+    encoder, folder = vit('tiny', 16, 4, width=16, depth=1, heads=1), Path(FOLDER)
+    labels = torch.arange(31) % 3
+    data = images((pixels[:31], labels), test=(255 - pixels[:7], labels[:7]))
+    out = folder / f'of {ranks()[1]}'
+    (folder / '3.png').write_bytes((folder / '3.png').read_bytes()[:300])
+    z, y = extract(encoder, data.train)
+    one = knn(encoder, data, k=5, cache=out / 'cache', out=out)
+    again = knn(encoder, data, k=5, cache=out / 'cache')
+    assert one.value == again.value and one.baselines == again.baselines
+    assert len(load_records(out)) == 1
+    there = embed_folder(encoder, folder)
+    made = dict(z=z, y=y, features=there.features, value=torch.tensor(one.value))
+    torch.save(made | dict(names=there.names, broken=there.broken), out / f'{ranks()[0]}.pt')
+    """.replace('FOLDER', repr(str(tmp_path)))
+    for number in (1, 2):
+        (tmp_path / f'of {number}').mkdir()
+        process = script(tmp_path, number, text)
+        said = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, said
+    load = lambda n, r: torch.load(tmp_path / f'of {n}' / f'{r}.pt', weights_only=True)
+    whole, zero, other = load(1, 0), load(2, 0), load(2, 1)
+    assert len(whole['z']) == 31 and whole['broken'] == ['3.png'] and len(whole['features']) == 6
+    for k, v in whole.items():
+        if torch.is_tensor(v):
+            assert torch.equal(zero[k], other[k])
+            assert torch.allclose(zero[k].double(), v.double(), atol=1e-6), k
+        else:
+            assert zero[k] == other[k] == v, k
+    files = [len(list((tmp_path / f'of {n}' / 'cache').iterdir())) for n in (1, 2)]
+    assert files[0] == files[1] > 1
+
+
+def test_the_shell_measures_with_several_processes(tmp_path):
+    "probe and embed: the numbers of one process, said and written once; else a sentence."
+    folder = tmp_path / 'images'
+    folder.mkdir()
+    for i in range(5):
+        Image.new('RGB', (20, 20), (40 * i, 90, 255 - 40 * i)).save(folder / f'{i}.png')
+    probe = ['probe', '--encoder', 'vit_tiny', '--size', 16, '--data', 'photos', '--subset', 64]
+    probe += ['--protocols', 'knn', 'linear', 'finetune', '--no-baselines', '--settings']
+    probe += [
+        'finetune.epochs=1',
+        'finetune.batch_size=16',
+        'finetune.bf16=False',
+        'finetune.warmup_epochs=0',
+    ]
+    embed = ['embed', folder, '--encoder', 'aps_photos', '--out']
+    said = {}
+    for number in (1, 2):
+        out = tmp_path / str(number)
+        for words in ([*probe, '--out', out], [*embed, out / 'features.npz']):
+            process = torchrun(number, '-m', 'ssl_patch', *words)
+            said[number] = process.communicate(timeout=400)[0]
+            assert process.returncode == 0, said
+    values = [{r.protocol: r.value for r in load_records(tmp_path / n)} for n in '12']
+    assert len(values[0]) == 3 and values[1] == pytest.approx(values[0], abs=0.03)
+    assert len((tmp_path / '2' / 'records.jsonl').read_text().splitlines()) == 3
+    one, two = (load_features(tmp_path / n / 'features.npz') for n in '12')
+    assert one.names == two.names and torch.allclose(one.features, two.features, atol=1e-5)
+    assert said[2].count('5 images') == 1, said[2]
+    for words, what in (
+        (
+            [*probe[:9], '--protocols', 'linear_probe'],
+            'the number of processes must be 1 for linear',
+        ),
+        (['info', 'x'], 'must be 1 here: pretrain, probe and embed take several'),
+    ):
+        process = torchrun(2, '-m', 'ssl_patch', *words)
+        text = process.communicate(timeout=300)[0]
+        assert process.returncode and what in text, text
+
+
 def test_what_one_process_does_refuses_several(tmp_path):
     "And rank zero alone finds a folder taken; both end."
     (tmp_path / 'r').mkdir()
@@ -345,7 +434,7 @@ def test_what_one_process_does_refuses_several(tmp_path):
     text = process.communicate(timeout=300)[0]
     for rank in range(2):
         for words in (
-            'the number of processes (torchrun, WORLD_SIZE) must be 1, as only pretraining',
+            'the number of processes (torchrun, WORLD_SIZE) must be 1 here: pretrain, ',
             'batch_size must be a multiple of 2, the processes, at least 4, got 9',
             'batch_size must be a multiple of 2, the processes, at least 4, got 2',
         ):
@@ -356,8 +445,6 @@ def test_what_one_process_does_refuses_several(tmp_path):
 
 def test_spawned_workers_make_the_same_views(tmp_path):
     "As on macOS and Windows: a worker imports all anew, and is told what to do by pickles."
-    from PIL import Image
-
     g = torch.Generator().manual_seed(0)
     for i in range(6):
         pixels = torch.randint(256, (40, 48, 3), generator=g, dtype=torch.uint8)

@@ -14,6 +14,7 @@ from .probe import tower_encoder
 from ..evaluation.embed import embed_folder
 from ..evaluation.records import load_records
 from ..ground.checks import require, require_choice
+from ..ground.ranks import by_zero, zero_first
 from ..ground.text import plain
 from ..models.export import save_onnx, save_program
 from ..models.files import open_encoder
@@ -132,11 +133,11 @@ class Embed:
         require(out.suffix in ('.npz', '.parquet'), '--out', 'a .npz or .parquet file', self.out)
         usual = 'cuda' if torch.cuda.is_available() else 'cpu'
         device = require_device(self.device or usual)
-        encoder = opened(self.encoder, self.tower, self.arch, None)[0].to(device)
+        look = lambda: opened(self.encoder, self.tower, self.arch, None)[0]
+        encoder = zero_first(look).to(device)
         how = dict(size=self.size, resize=self.resize, workers=self.workers)
         found = embed_folder(encoder, self.folder, self.layer, self.batch_size, **how)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        found.save(out)
+        by_zero(lambda: out.parent.mkdir(parents=True, exist_ok=True) or found.save(out))
         for name in found.broken:
             print(f'cannot be read: {plain(name)}')
         (n, dim), bad = found.features.shape, len(found.broken)

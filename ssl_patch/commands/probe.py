@@ -32,6 +32,7 @@ from ..evaluation.records import table
 from ..evaluation.retrieval import retrieval
 from ..evaluation.svm import svm
 from ..ground.checks import require, require_choice, require_int, require_known
+from ..ground.ranks import ranks, zero_first
 from ..ground.text import plain
 from ..models.files import load_encoder, open_encoder
 from ..reports.runs import name_and_seed
@@ -272,7 +273,7 @@ class Probe:
             encoder = untrained(self.encoder, self.size or 32, self.seed or 0, **how)
         elif self.encoder:
             how = dict(pretrained=not self.random, tower=self.tower, channels=self.channels)
-            encoder = open_encoder(self.encoder, self.size, self.arch, **how)
+            encoder = zero_first(lambda: open_encoder(self.encoder, self.size, self.arch, **how))
         else:
             encoder = tower_encoder(run, self.tower)
         usual = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -293,7 +294,7 @@ class Probe:
         size, channels = self.size or encoder.size, getattr(encoder, 'channels', 3)
         what = source, size, subset, channels, self.clips(run, encoder), fraction or 0.0
         if what not in loaded:
-            loaded[what] = load_labelled(*what)
+            loaded[what] = zero_first(lambda: load_labelled(*what))
         return loaded[what]
 
     def clips(self, run, encoder):
@@ -363,6 +364,9 @@ class Probe:
                 raise ValueError(
                     f'--{name} is not for {dense[0]}; --settings {own}=... sets its own'
                 )
+        alone = [p for p in self.protocols if p in ('linear_probe', 'video_retrieval')]
+        if alone:
+            require(ranks()[1] == 1, 'the number of processes', f'1 for {alone[0]}', ranks()[1])
         of_one = ('arch', 'random', 'channels')  # of --encoder
         odd = [f'--{k}' for k in of_one if getattr(self, k)] if self.runs else []
         if odd:

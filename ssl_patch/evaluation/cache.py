@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..ground.checks import height_width, require_choice
 from ..ground.files import atomic_write, require_undamaged
+from ..ground.ranks import agreed, ranks
 from ssl_patch.evaluation.features import (
     LAYERS,
     accepted_size,
@@ -152,10 +153,10 @@ def load_or_extract(
         x = None  # somebody changed them in place
     if x is None and (found := _read_features(file)):
         x, broken = found
-    if x is None:
+    if agreed(int(x is None)):  # by any process
         x = extract(encoder, store, **how)[0]
         broken = store.broken
-        if file:
+        if file and ranks()[0] == 0:
             _write_features(file, x, broken)
     elif broken:
         store.mark_broken(broken)  # nothing was decoded now, and a record tells of them

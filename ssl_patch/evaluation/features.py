@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAYERS', 'frozen', 'select_layer', 'size_and_device', 'eval_resize', 'require_accepted', 'require_stills',
-           'accepted_size', 'as_floats', 'batches_of', 'autocast_for', 'extract', 'remeasure_stats', 'RawPixels',
-           'architecture', 'check_record_args', 'check_extract_args']
+           'accepted_size', 'as_floats', 'batches_of', 'autocast_for', 'by_all', 'extract', 'remeasure_stats',
+           'RawPixels', 'architecture', 'check_record_args', 'check_extract_args']
 
 # %% ../../nbs/evaluation/01_features.ipynb #7f1c4955
 import copy
@@ -28,6 +28,7 @@ from ssl_patch.ground.checks import (
     require_shape,
     size_words,
 )
+from ..ground.ranks import ranks, share, shared
 from ..models.batchnorm import doubt_stats, norms_of
 from ..models.interface import Encoder, precision_of
 
@@ -280,6 +281,30 @@ def autocast_for(
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp and whole)
 
 
+def by_all(
+    images,  # one split (`Images`)
+    work,  # function of a split of n images -> list of tensors (n,...), or None
+) -> list:  # tensors (N,...), or None
+    """What is made of all images, in order: of several processes each has some of them.
+
+    Args:
+        images: one split (`Images`)
+        work: function of a split of n images -> list of tensors (n,...), or None
+
+    Returns:
+        tensors (N,...), or None
+    """
+    size = ranks()[1]
+    if size == 1:
+        return work(images)
+    rows = share(len(images))
+    part = images.subset(rows)
+    made = [t if t is None else shared(t, len(images)) for t in work(part)]
+    for broken in shared([rows[list(part.broken)].tolist()], size):
+        images.mark_broken(broken)
+    return made
+
+
 def extract(
     encoder: nn.Module,  # ours, or any module from (B,3,size,size) floats in [0,1] to (B,D)
     images,  # one split (`Images`), e.g. `data.train`
@@ -293,6 +318,7 @@ def extract(
     amp: bool = False,  # bfloat16 autocast
 ) -> tuple[Tensor, Tensor | None]:  # float32 (N,D), and labels (N,) or None; both on the CPU
     """Features of all images in order. ValueError for bad arguments, and where one is not finite.
+    Several processes must all ask: each has its share of the images, and all get all features.
 
     Args:
         encoder: ours, or any module from (B,3,size,size) floats in [0,1] to (B,D)
@@ -318,23 +344,27 @@ def extract(
     resize = eval_resize(encoder, size, resize)
     how = dict(device=device, workers=workers, **({'resize': resize} if resize else {}))
     half = autocast_for(encoder, device, amp)
-    found, labels = [], []
-    with frozen(encoder), accepted_size(encoder, size) as sized, half:
-        some = as_floats(sized, _spread(images, size, how)) if norms_of(sized) else None
-        lags = some is not None and doubt_stats(sized, some)
-        for x, y in images.batches(size, batch_size, **how):
+
+    def features(part):
+        found, labels = [], []
+        for x, y in part.batches(size, batch_size, **how):
             for piece in batches_of(x, device):
                 z = select_layer(sized(as_floats(sized, piece)), layer)
                 found.append(z.float().cpu())
             labels.append(y)
-    z = torch.cat(found)
+        return [torch.cat(found), None if labels[0] is None else torch.cat(labels).cpu()]
+
+    with frozen(encoder), accepted_size(encoder, size) as sized, half:
+        some = as_floats(sized, _spread(images, size, how)) if norms_of(sized) else None
+        lags = some is not None and doubt_stats(sized, some)
+        z, y = by_all(images, features)
     bad = int((~z.isfinite()).any(1).sum())
     if bad:
         hint = (
             '; remeasure_stats(encoder, data) takes its batch-norm statistics anew' if lags else ''
         )
         raise ValueError(f'encoder: features of {bad} of {len(z)} images are not finite{hint}')
-    return z, None if labels[0] is None else torch.cat(labels).cpu()
+    return z, y
 
 # %% ../../nbs/evaluation/01_features.ipynb #55ffcc87
 def remeasure_stats(

@@ -262,7 +262,7 @@ class Pretrainer:
             knn=None,
         )
         due = self.knn_every and (epoch % self.knn_every == 0 or epoch == self.epochs)
-        if due and ranks()[0] == 0:  # the others wait
+        if due:
             row['knn'] = online_knn(self.encoder, self.data, amp=self.bf16)
         self.timer.start()  # measuring is not training
         self.history.append(row)

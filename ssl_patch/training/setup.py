@@ -69,11 +69,11 @@ def require_device(
 
 
 def require_one_process():
-    """`ValueError` where `torchrun` has started several processes for what one does here: each
-    would do the same, and all would write one file. Pretraining is what several can do."""
+    """`ValueError` where `torchrun` has started several processes for what one does: each would do
+    the same, and all would write one file."""
     group = torch.distributed.is_available() and torch.distributed.is_initialized()
     world = torch.distributed.get_world_size() if group else os.environ.get('WORLD_SIZE', '1')
-    what = '1, as only pretraining takes several here'
+    what = '1 here: pretrain, probe and embed take several'
     require(str(world) == '1', 'the number of processes (torchrun, WORLD_SIZE)', what, world)
 
 # %% ../../nbs/training/04_setup.ipynb #adb0d9e3

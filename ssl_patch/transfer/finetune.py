@@ -18,6 +18,7 @@ from ..evaluation.cache import hash_tensors
 from ssl_patch.evaluation.features import (
     architecture,
     batches_of,
+    by_all,
     eval_resize,
     frozen,
     require_accepted,
@@ -26,7 +27,7 @@ from ssl_patch.evaluation.features import (
 )
 from ..evaluation.protocol import check_leakage, labelled_splits, top1
 from ..ground.checks import height_width, require, require_choice, require_int
-from ..ground.ranks import begin_ranks, own_device, parallel, ranks, share, shared
+from ..ground.ranks import begin_ranks, own_device, parallel, ranks
 from ..ground.text import plain, repr_markdown
 from ..models.momentum import share_batch_norm
 from ssl_patch.training.checkpoint import (
@@ -288,15 +289,16 @@ class FineTuner:
         Returns:
             (M,C) logits of the test images, on the CPU
         """
-        model, out = model or self.reported, []
+        model, size = model or self.reported, (self.encoder.size, 256)
         how = dict(device=self.device, workers=self.workers, resize=self.resize)
         half = torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16)
-        n, test = len(self.test), self.test
-        test = test if ranks()[1] == 1 else test.subset(share(n))
+
+        def logits(test):
+            pieces = (batches_of(x, self.device) for x, _ in test.batches(*size, **how))
+            return [torch.cat([model(p.float() / 255).float().cpu() for ps in pieces for p in ps])]
+
         with frozen(model), half:
-            for x, _ in test.batches(self.encoder.size, 256, **how):
-                out += [model(p.float() / 255).float().cpu() for p in batches_of(x, self.device)]
-        return shared(torch.cat(out), n)
+            return by_all(self.test, logits)[0]
 
     def end_epoch(self, epoch):
         "After an epoch: the mean loss, test accuracy where it is asked for, checkpoint and curves."

@@ -455,3 +455,43 @@ def test_completion_is_written(capsys):
         main(['--tyro-print-completion', 'bash'])
     out = capsys.readouterr().out
     assert not e.value.code and all(w in out for w in ('pretrain', 'embed', '--batch-size'))
+
+
+def losses_of(tb):
+    "(step, loss) in the event files of a folder, as TensorBoard reads them."
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = [EventAccumulator(str(f)).Reload() for f in sorted(tb.glob('events*'))]
+    scalars = [a.Scalars('loss') for a in found if 'loss' in a.Tags()['scalars']]
+    return [(e.step, e.value) for events in scalars for e in events]
+
+
+def test_a_run_is_tracked_and_goes_on_where_it_was_tracked(folder, capsys, monkeypatch):
+    pytest.importorskip('tensorboard')
+    (folder / 'elsewhere').mkdir()
+    monkeypatch.chdir(folder)
+    assert pretrain(folder, '--track tensorboard:tb/one', f'tensorboard:{folder}/tb/two') == 0
+    monkeypatch.chdir(folder / 'elsewhere')  # relative folders stay where they were
+    assert run('pretrain', '--out', folder / 'run', '--resume --epochs 3 --progress quiet') == 0
+    found = losses_of(folder / 'tb' / 'one')
+    assert [step for step, _ in found] == [1, 2, 3]
+    assert losses_of(folder / 'tb' / 'two') == found
+    assert not list((folder / 'elsewhere').iterdir())
+
+
+@pytest.mark.parametrize('word', ['tensorboard', 'wandb:', 'tensorbord:runs/tb'])
+def test_a_wrong_tracker_is_told_with_those_that_there_are(folder, capsys, word):
+    assert pretrain(folder, '--track', word) == 2
+    said = capsys.readouterr().err
+    assert 'tensorboard:FOLDER, wandb:PROJECT, trackio:PROJECT' in said and repr(word) in said
+    assert not (folder / 'run').exists()
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_the_first_batch(
+    folder, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, 'wandb', None)  # as where it is not installed
+    assert pretrain(folder, '--track wandb:mine') == 2
+    said = capsys.readouterr()
+    assert 'pip install wandb' in said.err and 'epoch 1' not in said.out

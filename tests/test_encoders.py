@@ -11,6 +11,7 @@ from ssl_patch.models.encoders import resnet, vit
 from ssl_patch.models.interface import build_encoder
 from ssl_patch.models.files import load_encoder, open_encoder, save_encoder
 from ssl_patch.models.heads import mlp, mlp_heads
+from ssl_patch.models.video_encoders import tubelet_vit
 
 
 def test_vit_is_timms():
@@ -34,6 +35,23 @@ def test_kept_tokens_equal_a_model_that_never_saw_the_others():
     y[1, :, 8:12, :] = 1.0  # patches 1 and 8..11
     assert torch.equal(e(x, keep).image, e(y, keep).image)
     assert not torch.equal(e(x).image, e(y).image)
+
+
+WRONG_ROWS = dict(
+    all_draws=torch.zeros(2, 4, 16, dtype=torch.long),  # as a sampler gives them
+    of_one_image=torch.zeros(1, 16, dtype=torch.long),
+    a_mask=torch.ones(2, 16, dtype=torch.bool),
+)
+
+
+@pytest.mark.parametrize('wrong', WRONG_ROWS)
+def test_patches_that_are_no_row_for_each_image_are_refused(wrong):
+    small = dict(width=32, depth=1, heads=2)
+    e = vit(size=16, patch=4, **small), torch.rand(2, 3, 16, 16)
+    clips = tubelet_vit(size=16, patch=4, frames=4, **small), torch.rand(2, 3, 4, 16, 16)
+    for encoder, x in (e, clips):
+        with pytest.raises(ValueError, match=r'keep must be whole numbers \(2,k\).*keep\[:, 0\]'):
+            encoder(x, WRONG_ROWS[wrong])
 
 
 def test_gradient_reaches_kept_pixels_only():

@@ -20,6 +20,7 @@ from ..reports.runs import load_run
 from ..training.run_folder import RunFolder, as_json
 from ..training.pretrain import Pretrainer
 from ..training.setup import require_device, resolve_config
+from ..training.track import absolute_word, tracker_from_word
 from ssl_patch.commands.words import (
     change_augmentations,
     encoder_from_words,
@@ -248,6 +249,9 @@ class Pretrain(Setup):
     progress: str | None = None
     "'terminal', 'lines' or 'quiet'; by default found out"
 
+    track: tuple[str, ...] = ()
+    'where metrics go besides: tensorboard:FOLDER, wandb:PROJECT, trackio:PROJECT, or several'
+
     def has_checkpoint(self) -> bool:
         "Whether weights are there already, of a run that goes on."
         return RunFolder(Path(self.out).expanduser()).resumable
@@ -256,6 +260,7 @@ class Pretrain(Setup):
         "The command that began the run in `out`, to go on with. `ValueError` for another option."
         first = saved(self.out, resumable=True)
         free = ('out', 'resume', 'progress', 'data', 'device', 'bf16', 'workers', 'modules')
+        free += ('track',)
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         given = {f.name: given[f.name] for f in fields(self) if given[f.name] != f.default}
         for name, mine in given.items():
@@ -286,9 +291,10 @@ class Pretrain(Setup):
         me = by_zero(lambda: self.begun() if goes_on() else self)
         place = Path(me.data).expanduser()  # another working folder finds it too
         data = str(place.resolve()) if place.exists() else me.data
-        cli = asdict(replace(me, data=data, resume=False))
-        run = me.pretrainer(out=me.out, resume=me.resume, progress=me.progress, note=dict(cli=cli))
-        return run.fit()
+        track = tuple(map(absolute_word, me.track))
+        cli = asdict(replace(me, data=data, track=track, resume=False))
+        how = dict(out=me.out, resume=me.resume, progress=me.progress, note=dict(cli=cli))
+        return me.pretrainer(**how, track=tuple(map(tracker_from_word, track))).fit()
 
 
 def read_config(run) -> dict:  # the run folder

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shown', 'require', 'require_int', 'require_number', 'require_range', 'nearest', 'require_choice', 'require_known',
-           'require_shape', 'require_kinds', 'image_size', 'height_width', 'size_words']
+           'require_shape', 'require_kinds', 'image_size', 'height_width', 'size_words', 'require_keep']
 
 # %% ../../nbs/ground/00_checks.ipynb #c0000003
 import difflib
@@ -292,3 +292,19 @@ def size_words(
         '32', '32x64'
     """
     return 'x'.join(map(str, size)) if isinstance(size, tuple | list) else str(size)
+
+# %% ../../nbs/ground/00_checks.ipynb #c4ec0a02
+def require_keep(
+    keep: Tensor,  # (B,k) indices of the patches of each image that are looked at
+    images: int,  # in the batch, B
+):
+    """`ValueError` where there is no row for each image. Values are not looked at: a GPU would
+    wait.
+
+    Args:
+        keep: (B,k) indices of the patches of each image that are looked at
+        images: in the batch, B
+    """
+    fine = keep.ndim == 2 and len(keep) == images and keep.dtype == torch.int64
+    words = f'whole numbers ({images},k) of patches, a row for each image'
+    require(fine, 'keep', f'{words}; of several draws one: keep[:, 0]', keep)

@@ -20,6 +20,7 @@ from ssl_patch.ground.checks import (
     require,
     require_choice,
     require_int,
+    require_keep,
     require_number,
 )
 from .fresh import is_fresh, mark_fresh
@@ -224,6 +225,7 @@ class ViT(Encoder):
         t = cut_patches(self.normalise(x), self.side)
         where = self.positions(grid)
         if keep is not None:
+            require_keep(keep, len(t))
             t = t.gather(1, keep[..., None].expand(-1, -1, t.shape[-1]))
             where = F.embedding(keep, where[0])
         conv = net.patch_embed.proj

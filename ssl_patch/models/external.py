@@ -391,7 +391,8 @@ class OwnEncoder(ExternalEncoder):
 
 
 def wrap(
-    net: nn.Module,  # maps (B,3,H,W) to vectors (B,D), a map (B,D,r,c) or `Features`
+    # without classifier; maps (B,3,H,W) to vectors (B,D), a map (B,D,r,c) or `Features`
+    net: nn.Module,
     size: int | tuple | None = None,  # of images: a side, or (height, width); None: `net.size`
     stats: tuple | None = None,  # (mean, std) of [0,1] pixels that it wants; None: [0,1] as it is
     resize: int | None = None,  # side before the cut of `size`, for photographs; None: `size`
@@ -401,7 +402,7 @@ def wrap(
     widths are found by trying it. `ValueError` for what cannot be one.
 
     Args:
-        net: maps (B,3,H,W) to vectors (B,D), a map (B,D,r,c) or `Features`
+        net: without classifier; maps (B,3,H,W) to vectors (B,D), a map (B,D,r,c) or `Features`
         size: of images: a side, or (height, width); None: `net.size`
         stats: (mean, std) of [0,1] pixels that it wants; None: [0,1] as it is
         resize: side before the cut of `size`, for photographs; None: `size`

@@ -366,11 +366,16 @@ class Queue(nn.Module):
         self,
         keys: Tensor,  # (n,d) unit rows, n at most `size`
     ):
-        """Overwrite the oldest keys. `ValueError` for more keys than fit.
+        """Overwrite the oldest keys. `ValueError` for more keys than fit, or of another length.
 
         Args:
             keys: (n,d) unit rows, n at most `size`
         """
+        require(
+            hasattr(self, 'keys'), 'dim', 'given, or build(dim) called, before keys enter', None
+        )
+        dim = self.keys.shape[1]
+        require(keys.ndim == 2 and keys.shape[1] == dim, 'keys', f'vectors (n,{dim})', keys)
         self.check(len(keys))
         keys = keys.to(self.keys.dtype)
         first = min(len(keys), self.size - self.next)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ground.checks import require, require_choice, require_int, shown
+from ..ground.checks import require, require_choice, require_int, require_keep, shown
 from .encoders import ResNet, resnet, vit
 from ssl_patch.models.interface import (
     Encoder,
@@ -368,6 +368,7 @@ class TubeletViT(VideoEncoder):
         t = cut_tubelets(self.normalise(x), self.side, self.tubelet)
         where = self.positions()
         if keep is not None:
+            require_keep(keep, len(t))
             t = t.gather(1, keep[..., None].expand(-1, -1, t.shape[-1]))
             where = F.embedding(keep, where[0])
         t = self.embed(t) + where

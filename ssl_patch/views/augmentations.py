@@ -386,6 +386,8 @@ def make_view(
         share: (rank r, processes W): `x` is the images r, r+W, ... of a larger batch
     """
     _require_batch(x, channels)
+    what = 'an augmentation of images, such as aug_weak(64)'
+    require(isinstance(augmentation, Augmentation), 'augmentation', what, augmentation)
     n, own = len(x) * share[1], slice(share[0], None, share[1])
     drawn = draw_boxes(augmentation, x.shape[-2:], generator, n)
     box, flip, turn = (t if t is None else t[own].to(x.device, non_blocking=True) for t in drawn)

@@ -170,6 +170,8 @@ def require_pixels(
         how = 'x * std + mean undoes the normalising, which encoders do for themselves'
         if low >= 0 and 2 < high <= 255:
             how = 'x / 255, or x.to(torch.uint8)'
+        if low != low:
+            how = 'x.nan_to_num() makes black of what is not a number'
         raise ValueError(
             f'x must be uint8, or float in [0,1] ({how}), '
             f'got {x.dtype} from {low:.4g} to {high:.4g}'

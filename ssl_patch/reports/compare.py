@@ -326,7 +326,8 @@ def _measured(runs):
         require(Path(f).expanduser().exists(), 'runs', 'a folder or file that is there', str(f))
         here, broken = read_runs(f)
         measured = broken or any(r.records for r in here)  # `load_runs` tells what is broken
-        require(measured, 'runs', 'a folder or file of runs with records', str(f))
+        what = 'a folder or file of runs with records, which `ssl_patch probe RUN` makes'
+        require(measured, 'runs', what, str(f))
     return load_runs(given)
 
 

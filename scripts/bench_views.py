@@ -7,6 +7,7 @@ import bench_baselines as baselines
 import numpy as np
 import torch
 from bench_report import jpegs, smooth
+from torchvision.datasets import ImageFolder
 
 from ssl_patch.data.sources import images
 from ssl_patch.methods.aps import sample_asymmetric
@@ -105,23 +106,6 @@ def views(a, report):
             del works  # and with it the worker processes
 
 
-class Opened(torch.utils.data.Dataset):
-    "Files as torchvision.datasets.ImageFolder opens them: by PIL, then a transform."
-
-    def __init__(self, store, transform):
-        self.files = [Path(store.encoded.folder) / p for p in store.encoded.paths]
-        self.transform = transform
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, i):
-        from PIL import Image
-
-        with Image.open(self.files[i]) as im:
-            return self.transform(im.convert('RGB'))
-
-
 def files(a, report):
     "Two views of each of many JPEG files that are larger than the views; one process decodes."
     report.note(
@@ -139,14 +123,14 @@ def files(a, report):
                 'ssl_patch': ViewLoader(store, [aug, aug], n),
                 'ssl_patch, in full': ViewLoader(store, [aug, aug], n, reduced=False),
             }
-            theirs = {'torchvision': Opened(store, baselines.twice_from_pil(aug))}
+            theirs = {'torchvision': baselines.twice_from_pil(aug)}
             if not report.lacks('lightly'):
-                theirs['lightly'] = Opened(store, baselines.lightly_views(aug))
+                theirs['lightly'] = baselines.lightly_views(aug)
             works = {k: lambda v=v: [None for _ in v.epoch(0)] for k, v in loaders.items()}
-            works |= {
-                k: lambda v=baselines.data_loader(v, n, 0): [None for _ in v]
-                for k, v in theirs.items()
-            }
+            for name, view in theirs.items():
+                pictures = baselines.Unlabelled(ImageFolder(folder, view))
+                loader = baselines.data_loader(pictures, n, 0)
+                works[name] = lambda loader=loader: [None for _ in loader]
             title = f'two views of {size} px of JPEG files of {side} px'
             report.time(title, works, [([k], ['ssl_patch'], None) for k in list(works)[1:]], n)
             pair = [next(v.epoch(0))[0] for v in loaders.values()]

@@ -223,6 +223,10 @@ class Clips(Images):
         "The numbers of the videos found not to decode, so that others stand in for them."
         return (self._state == 1).nonzero().flatten().tolist()
 
+    def is_broken(self, i) -> bool:
+        "Whether video i was found not to decode."
+        return bool(self._state[i] == 1)
+
     def mark_broken(self, rows: list):
         "Know of videos that they cannot be decoded, from an earlier look."
         self._state[rows] = 1

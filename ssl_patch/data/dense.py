@@ -68,7 +68,7 @@ class DenseImages:
 
     def __getitem__(self, i) -> tuple:  # (image uint8 (C,H,W), its target)
         image = self.images[i]
-        if i in self.images.broken:
+        if self.images.is_broken(i):
             raise ValueError(
                 f'{self.name}: {plain(self.names[i])} cannot be decoded, and no other image can '
                 'stand in for it, as its target would be wrong: take both out'

@@ -249,8 +249,7 @@ class FileImages(Images):
     @property
     def skipped(self) -> list:
         "(name, reason) of every image that could not be read, those found so far among them."
-        found = self._broken.nonzero().flatten().tolist()
-        return self._skipped + [(self.encoded.name(i), 'cannot be decoded') for i in found]
+        return self._skipped + [(self.encoded.name(i), 'cannot be decoded') for i in self.broken]
 
     def __getitem__(self, i: int) -> Tensor:
         return self._read(i, lambda d: decode(d, self.size, self.bands, self.value_range))
@@ -288,6 +287,10 @@ class FileImages(Images):
     def broken(self) -> list:
         "The numbers of the images found not to decode, so that others stand in for them."
         return self._broken.nonzero().flatten().tolist()
+
+    def is_broken(self, i) -> bool:
+        "Whether image i was found not to decode."
+        return bool(self._broken[i])
 
     def mark_broken(self, rows: list):
         "Know of images that they cannot be decoded, from an earlier look."

@@ -90,6 +90,7 @@ class Images:
     """
 
     kind, bands, value_range = 'images', None, None  # in words; as files were decoded
+    broken = ()  # numbers of the images found not to decode, so that others stand in for them
 
     def __init__(
         self,
@@ -102,8 +103,7 @@ class Images:
         self.labels = None if labels is None else torch.as_tensor(labels).long()
         self.classes = None if classes is None else [str(c) for c in classes]
         self.name, self.encoded = name, encoded
-        self._skipped = list(skipped)
-        self._prints = None  # fingerprints, once they were made
+        self._skipped, self._prints = list(skipped), None  # fingerprints, once they were made
 
     def __len__(self):
         raise NotImplementedError
@@ -133,7 +133,9 @@ class Images:
             order = order[self.labels[order] == self.labels[i]]
         yield from order.tolist()
 
-    broken = ()  # numbers of the images found not to decode, so that others stand in for them
+    def is_broken(self, i) -> bool:
+        "Whether image i was found not to decode."
+        return i in self.broken
 
     def mark_broken(self, rows: list):
         "Know of images that they cannot be decoded, from an earlier look."

@@ -123,7 +123,9 @@ def _frame(ax, store, i, color, title):
     ax.set(xticks=[], yticks=[])
     ax.set_title(in_picture(title), fontsize=9, pad=3)
     if store.encoded is not None:
-        ax.set_xlabel(in_picture(_ending(store.encoded.name(i))), fontsize=9, labelpad=1.5)
+        name = _ending(store.encoded.name(i))
+        fits = min(9, 126 / len(name))  # points: 14 letters of 9 are as wide as a picture
+        ax.set_xlabel(in_picture(name), fontsize=fits, labelpad=1.5)
     for s in ax.spines.values():
         s.set(color=color, linewidth=2.5 if color != 'none' else 0)
 
@@ -135,7 +137,7 @@ def _frame_color(asked, q, bank, i):
     return RIGHT if asked.labels[q] == bank.labels[i] else WRONG
 
 
-def _ending(name, n=14):
+def _ending(name, n=20):
     "The last of a file name, which tells images apart."
     name = os.path.basename(name)
     return name if len(name) <= n else '…' + name[1 - n :]

@@ -1,6 +1,7 @@
 """Campaigns: killed, stopped, failed, by a named commit, two at once."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +137,25 @@ def test_a_slice_of_time_and_a_run_that_fails(tmp_path):
     file = plan_in(tmp_path / 'runs', epochs=500)
     table = run_plan(read_plan(file), minutes=0.05, say=said.append)
     assert said[-1] == 'MoCo_v2_seed0 was stopped; the next call goes on with it'
+
+
+def test_a_run_of_which_records_are_kept_is_done(tmp_path):
+    "A campaign goes on where another machine left off; other words are told apart."
+    file = plan_in(tmp_path)
+    run_plan(read_plan(file))
+    shutil.rmtree(tmp_path / 'runs')
+    kept = (tmp_path / 'records.jsonl').read_text()
+    plan, said = read_plan(file), []
+    table = run_plan(plan, say=said.append)
+    assert said == ['1 of 1 runs are done'] and not (plan.folder / 'MoCo_v2_seed0').exists()
+    assert '1 of 1 runs are done; left: 0.0 min' in table and 'kNN 0.' in table
+    assert (tmp_path / 'records.jsonl').read_text() == kept
+    with pytest.raises(ValueError, match='or remove its line from .*--epochs 1'):
+        run_plan(read_plan(plan_in(tmp_path, epochs=2)))
+    file = plan_in(tmp_path, more='[CO2]\npretrain = --method co2\n')
+    run_plan(read_plan(file), say=said.append)
+    assert [r.name for r in load_runs(plan.records)] == ['CO2', 'MoCo v2']
+    assert kept in (tmp_path / 'records.jsonl').read_text()
 
 
 @pytest.mark.skipif(not (HOME / '.git').exists(), reason='not a checkout')

@@ -22,7 +22,7 @@ from ..evaluation.records import Table, grid_lines
 from ..ground.checks import require, require_int, require_known, require_number
 from ..ground.files import alone_in, atomic_write
 from ..ground.text import plain
-from .runs import keep_runs, load_run
+from .runs import keep_runs, last_parts, load_run, load_runs
 from ..training.checkpoint import graceful_stop
 from ..training.run_folder import as_json
 
@@ -149,6 +149,15 @@ def _notes(plan, job):
     return plan.folder / '.campaign' / f'{job.name}.json'
 
 
+def _kept(plan, job):
+    "The run of a job that lies no longer, or not here, in its folder, from the plan's records."
+    if (plan.folder / job.name).exists() or not (plan.records and plan.records.is_file()):
+        return None
+    runs = {Path(r.folder).name: r for r in load_runs(plan.records)}
+    return runs.get(job.name)
+
+
+
 def job_state(
     plan: Plan,
     job: Job,  # one of its jobs
@@ -157,9 +166,22 @@ def job_state(
 ):  # done: number of commands that ended well; seconds: so far; error: of the last try, or ''
     """How far a job is. `ValueError` where the run was made by other words than the plan has.
 
+    A run that has no folder and whose records are kept in the plan's file is done, too: it was made
+    elsewhere, or its folder is gone. Which probes it was measured by is not looked at then.
+
     Args:
         job: one of its jobs
     """
+    kept = _kept(plan, job)
+    if kept:
+        words = kept.config.get('command', '').partition(' ')[2]
+        if words != last_parts(' '.join(job.commands[0])):
+            raise ValueError(
+                f'{job.name} of {plan.records} was made by other words than the plan has now: give '
+                f'it another name in the plan, or remove its line from {plan.records}. '
+                f'It was made by: {words}'
+            )
+        return dict(done=len(job.commands), seconds=0, error='')
     file = _notes(plan, job)
     said = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
     done = [tuple(words) for words in said.get('done', [])]
@@ -239,7 +261,9 @@ def plan_table(
         words = 'done' if part == 1 else f'{100 * part:.0f} %' if part else 'to do'
         if state['error']:
             words = f'failed: {state["error"]}'
-        run = load_run(plan.folder / job.name) if state['done'] > 1 else None
+        run = _kept(plan, job)
+        if run is None and state['done'] > 1:
+            run = load_run(plan.folder / job.name)
         values = ', '.join(f'{r.protocol} {r.value:.3f}' for r in run.records) if run else ''
         rest = '' if part == 1 else _hours(left[job.name])
         rows.append([job.name, plain(words), values, _hours(state['seconds'] or None), rest])
@@ -344,7 +368,8 @@ class _Running:
 
 def _keep(plan):
     "The records of all runs that are done, in the plan's file."
-    done = [j for j in plan.jobs if job_state(plan, j)['done'] == len(j.commands) > 1]
+    mine = [j for j in plan.jobs if not _kept(plan, j)]
+    done = [j for j in mine if job_state(plan, j)['done'] == len(j.commands) > 1]
     if plan.records and done:
         keep_runs([plan.folder / j.name for j in done], plan.records)
 

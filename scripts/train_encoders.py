@@ -32,8 +32,8 @@ DATA = 'crops of 14 photographs of scikit-image, as images("photos", size=64) cu
 
 
 def the_demo(out, progress):
-    "What `make demo` trains: APS, a quarter of the patches of each view."
-    return Demo(out=str(out), progress=progress).pretrain()
+    "What `make demo` trains, for longer: APS, a quarter of the patches of each view."
+    return Demo(out=str(out), epochs=20, progress=progress).pretrain()
 
 
 def all_patches(out, progress):

@@ -25,7 +25,7 @@ class Demo:
     seed: int = 0
     'of everything'
 
-    epochs: int = 20
+    epochs: int = 8
     'passes over the photographs'
 
     overwrite: bool = False

@@ -157,7 +157,6 @@ def _kept(plan, job):
     return runs.get(job.name)
 
 
-
 def job_state(
     plan: Plan,
     job: Job,  # one of its jobs

@@ -15,5 +15,5 @@ stage "exported modules match the notebooks" bash scripts/check_nbs.sh
 stage "lint" ruff check ssl_patch tests scripts nbs setup.py
 stage "format" ruff format --check tests scripts nbs setup.py
 stage "checks in the notebooks" nbdev_test --n_workers 2 --timing
-stage "pytest" python -m pytest
+stage "pytest" python -m pytest -n 2 --dist worksteal
 echo "== all passed in $(( $(date +%s) - all )) s"

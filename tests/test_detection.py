@@ -278,6 +278,7 @@ def test_a_broken_image_is_replaced_together_with_its_objects(tmp_path):
         image, objects = store.dense()[1]
     assert torch.equal(image, store.scene(2)[0]) and objects is store.objects[2]
     assert store.skipped == [('1.jpg', 'cannot be decoded')]
+    assert store.broken == [1] and store.is_broken(1) and not store.is_broken(2)
     part = store.dense().subset([0, 1, 2])  # images and objects of a part agree too
     assert part[1][1].boxes.tolist() == store.objects[2].boxes.tolist()
 

@@ -169,7 +169,7 @@ class BoxImages(Images):
         as_many = f'{len(pictures)} `Objects`, one for each image'
         require(len(objects) == len(pictures), 'objects', as_many, f'{len(objects)}')
         self.pictures, self.objects, self.sizes = pictures, list(objects), sizes
-        self.broken = set()  # names of files that could not be decoded; parts of a store share it
+        self._broken_names = set()  # of files that could not be decoded; parts of a store share it
         labels = [int(o.labels.max()) for o in self.objects if len(o)]
         fits = f'at most {len(self.classes) - 1}, the last of {len(self.classes)} classes'
         require(max(labels, default=0) < len(self.classes), 'labels', fits, max(labels, default=0))
@@ -199,7 +199,7 @@ class BoxImages(Images):
             try:
                 image = decode(self.pictures.read(j))
             except Exception as e:
-                self.broken.add(self.pictures.name(j))
+                self._broken_names.add(self.pictures.name(j))
                 said = f'{plain(self.pictures.name(j))} cannot be decoded ({short_reason(e)})'
                 warnings.warn(f'{self.name}: {said}; the next image stands in for it')
                 continue
@@ -217,9 +217,10 @@ class BoxImages(Images):
         """
         n = len(self)
         i = range(n)[int(i)]
-        if not self.broken:
+        if not self._broken_names:
             return i
-        whole = (j % n for j in range(i, i + n) if self.pictures.name(j % n) not in self.broken)
+        is_whole = lambda j: self.pictures.name(j % n) not in self._broken_names
+        whole = (j % n for j in range(i, i + n) if is_whole(j))
         found = next(whole, None)
         if found is None:
             raise RuntimeError(f'{self.name}: none of the {n} images can be decoded')
@@ -262,9 +263,15 @@ class BoxImages(Images):
         return all(o.masks is not None for o in self.objects if len(o))
 
     @property
+    def broken(self) -> list:
+        "Numbers of the images found not to decode."
+        names = self._broken_names
+        return [i for i in range(len(self)) if self.pictures.name(i) in names] if names else []
+
+    @property
     def skipped(self) -> list:
         "(name, reason) of every image that could not be read, those found so far among them."
-        return self._skipped + [(n, 'cannot be decoded') for n in sorted(self.broken)]
+        return self._skipped + [(n, 'cannot be decoded') for n in sorted(self._broken_names)]
 
     def subset(self, indices) -> 'BoxImages':
         "The images with these numbers, as a store."
@@ -275,7 +282,7 @@ class BoxImages(Images):
         encoded = None if files or self.encoded is None else self.encoded.pick(idx)
         rest = self.classes, self.name, self._skipped, sizes, encoded
         part = BoxImages(pictures, [self.objects[i] for i in idx], *rest)
-        part.broken = self.broken
+        part._broken_names = self._broken_names
         return part
 
     def shrunk(

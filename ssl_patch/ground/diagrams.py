@@ -86,9 +86,7 @@ class Diagram:
         self.ax.annotate('', to, where, arrowprops=style)
         if text:
             middle = [(s + e) / 2 for s, e in zip(where, to)]
-            level = (
-                abs(to[1] - where[1]) < abs(to[0] - where[0]) / 3
-            )  # no text on the line
+            level = abs(to[1] - where[1]) < abs(to[0] - where[0]) / 3  # no text on the line
             shift = (-len(text) / 2, 2) if level else (1, 0)
             self.note(middle[0] + shift[0], middle[1] + shift[1], text)
         return self

@@ -60,7 +60,7 @@ def of_run(folder):
     some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     some = some[: ASKING + ASKED]
     look = lambda: truth(run.method, images.images[some], images.labels[some])
-    said = dict(run=Path(folder).name, method=name, seed=seed)
+    said = dict(method=name, seed=seed, run=Path(folder).name)
     yield said | dict(epoch=0) | look()
     for file in sorted(Path(folder).glob('checkpoint.epoch*.pt')):
         run.method.load_state_dict(read_checkpoint(file)['method'])

@@ -14,7 +14,7 @@ from ssl_patch.cli import main
 from ssl_patch.data.box_files import penn_fudan_boxes, voc_boxes
 from ssl_patch.data.boxes import BoxImages, Objects
 from ssl_patch.data.collages import draw_collage, shapes
-from ssl_patch.data.dense import DenseData
+from ssl_patch.data.dense import DenseData, DenseImages
 from ssl_patch.data.detection_sets import coco_boxes, collage_boxes, detection_data
 from ssl_patch.evaluation.records import load_records
 from ssl_patch.models.encoders import resnet, vit
@@ -279,6 +279,8 @@ def test_a_broken_image_is_replaced_together_with_its_objects(tmp_path):
     assert torch.equal(image, store.scene(2)[0]) and objects is store.objects[2]
     assert store.skipped == [('1.jpg', 'cannot be decoded')]
     assert store.broken == [1] and store.is_broken(1) and not store.is_broken(2)
+    with pytest.raises(ValueError, match='1.jpg cannot be decoded, and no other image can stand'):
+        DenseImages(store, list(range(len(store))))[1]  # these targets do not follow
     part = store.dense().subset([0, 1, 2])  # images and objects of a part agree too
     assert part[1][1].boxes.tolist() == store.objects[2].boxes.tolist()
 

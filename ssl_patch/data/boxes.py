@@ -219,9 +219,8 @@ class BoxImages(Images):
         i = range(n)[int(i)]
         if not self._broken_names:
             return i
-        is_whole = lambda j: self.pictures.name(j % n) not in self._broken_names
-        whole = (j % n for j in range(i, i + n) if is_whole(j))
-        found = next(whole, None)
+        numbers = (j % n for j in range(i, i + n))
+        found = next((j for j in numbers if self.pictures.name(j) not in self._broken_names), None)
         if found is None:
             raise RuntimeError(f'{self.name}: none of the {n} images can be decoded')
         return found
@@ -349,6 +348,8 @@ class ObjectsOf:
     Args:
         store: whose images they are for
     """
+
+    follows_images = True  # where another image stands in, they are those of that one
 
     def __init__(
         self,

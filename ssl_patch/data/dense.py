@@ -68,7 +68,7 @@ class DenseImages:
 
     def __getitem__(self, i) -> tuple:  # (image uint8 (C,H,W), its target)
         image = self.images[i]
-        follows = hasattr(self.images, 'standing_in')  # targets know which image is given
+        follows = getattr(self.targets, 'follows_images', False)  # those of the one that stands in
         if self.images.is_broken(i) and not follows:
             raise ValueError(
                 f'{self.name}: {plain(self.names[i])} cannot be decoded, and no other image can '

@@ -16,6 +16,7 @@ import time
 from configparser import ConfigParser, Error
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from statistics import mean
 from ..evaluation.records import Table, grid_lines
@@ -149,12 +150,24 @@ def _notes(plan, job):
     return plan.folder / '.campaign' / f'{job.name}.json'
 
 
+@lru_cache(maxsize=1)
+def _runs_of(file, changed):
+    "Name -> run, of a file of records as it was when it changed last."
+    return {Path(r.folder).name: r for r in load_runs(file)}
+
+
 def _kept(plan, job):
     "The run of a job that lies no longer, or not here, in its folder, from the plan's records."
     if (plan.folder / job.name).exists() or not (plan.records and plan.records.is_file()):
         return None
-    runs = {Path(r.folder).name: r for r in load_runs(plan.records)}
-    return runs.get(job.name)
+    return _runs_of(plan.records, plan.records.stat().st_mtime_ns).get(job.name)
+
+
+def _other_words(job, words, remove):
+    return ValueError(
+        f'{job.name} was made by other words than the plan has now: give it another name in '
+        f'the plan, or remove {remove}. It was made by: {words}'
+    )
 
 
 def job_state(
@@ -175,21 +188,14 @@ def job_state(
     if kept:
         words = kept.config.get('command', '').partition(' ')[2]
         if words != last_parts(' '.join(job.commands[0])):
-            raise ValueError(
-                f'{job.name} of {plan.records} was made by other words than the plan has now: give '
-                f'it another name in the plan, or remove its line from {plan.records}. '
-                f'It was made by: {words}'
-            )
+            raise _other_words(job, words, f'its line from {plan.records}')
         return dict(done=len(job.commands), seconds=0, error='')
     file = _notes(plan, job)
     said = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
     done = [tuple(words) for words in said.get('done', [])]
     if done != list(job.commands[: len(done)]):
-        raise ValueError(
-            f'{job.name} was made by other words than the plan has now: give it another name in '
-            f'the plan, or remove {plan.folder / job.name} and {file}. '
-            f'It was made by: {" / ".join(map(shlex.join, done))}'
-        )
+        words = ' / '.join(map(shlex.join, done))
+        raise _other_words(job, words, f'{plan.folder / job.name} and {file}')
     return dict(done=len(done), seconds=said.get('seconds', 0), error=said.get('error', ''))
 
 
@@ -367,8 +373,8 @@ class _Running:
 
 def _keep(plan):
     "The records of all runs that are done, in the plan's file."
-    mine = [j for j in plan.jobs if not _kept(plan, j)]
-    done = [j for j in mine if job_state(plan, j)['done'] == len(j.commands) > 1]
+    whole = lambda j: job_state(plan, j)['done'] == len(j.commands) > 1
+    done = [j for j in plan.jobs if not _kept(plan, j) and whole(j)]
     if plan.records and done:
         keep_runs([plan.folder / j.name for j in done], plan.records)
 
